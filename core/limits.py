@@ -1,0 +1,40 @@
+"""Every limit fedge enforces, by name, in one place. A limit that is not here does not exist.
+
+Owns the defaults; `[deploy.limits]` of an experiment file overrides single fields. Must never hold logic.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one peer may cost the other. Sizes in bytes, times in seconds."""
+
+    # One message and one upload.
+    chunk_bytes: int = 1 << 20  # 256 KiB to 2 MiB measured fastest for client streams
+    max_message_bytes: int = 4 << 20  # gRPC's own default; tensors travel in chunks below it
+    max_update_bytes: int = 4 << 30
+    max_blobs: int = 64
+    max_metadata_items: int = 64  # timings, metrics and hyper-parameters of one task or update
+    max_name_bytes: int = 256
+
+    # What an update may claim.
+    max_examples: int = 1_000_000_000  # refused above; weighers apply their own, lower, cap
+    max_steps: int = 10_000_000
+    max_update_norm: float = 1e8  # Euclidean norm of the delta
+
+    # How long things may take.
+    lease_s: float = 3600.0  # a task not answered by then is taken from the client
+    liveness_s: float = 30.0  # a client not connected for so long has left
+    rpc_timeout_s: float = 30.0  # deadline of every unary call
+    stream_timeout_s: float = 600.0  # deadline of every streaming call; both ends reopen after it
+    keepalive_time_s: float = 20.0
+    keepalive_timeout_s: float = 10.0
+    min_ping_interval_s: float = 10.0
+    max_reconnect_s: float = 30.0
+
+    # How much the coordinator keeps.
+    max_clients: int = 10_000
+    max_refusals: int = 3  # refused updates in a row before a client is evicted
+    remembered_tasks: int = 100_000  # ended task ids kept, so that a repeated delivery is recognised
+    snapshot_updates: int = 256  # accepted updates between two snapshots in the journal

@@ -1,0 +1,69 @@
+"""Components by name: `kind = "compass"` in a file finds the class, `kind = "package.module:name"` the user's own.
+
+Owns look-up, instantiation from plain settings, and the sentence a user reads when a name or a setting is wrong.
+Must never import the components it names before one is asked for: entries are dotted paths.
+"""
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from fedge.core.errors import ExperimentError
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A clause that names the closest known word, or lists all."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}."
+
+
+def load(path: str, where: str) -> Any:
+    """The object at "package.module:name". Raises ExperimentError; `where` names the setting in the sentence."""
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise ExperimentError(f"{where}: {path!r} is not of the form 'package.module:name'.")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ExperimentError(f"{where}: cannot import {module!r} ({error}); install it or mend the path.") from error
+    except AttributeError:
+        raise ExperimentError(f"{where}: module {module!r} has no {name!r}.") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Registry:
+    """The components of one slot. `entries` maps a kind to "package.module:Class"."""
+
+    slot: str
+    entries: Mapping[str, str]
+
+    def find(self, kind: str) -> Any:
+        """The class or function for `kind`. Raises ExperimentError with the nearest known kind."""
+        if ":" in kind:
+            return load(kind, self.slot)
+        if kind not in self.entries:
+            raise ExperimentError(f"{self.slot}: no kind {kind!r}; {nearest(kind, self.entries)}")
+        return load(self.entries[kind], self.slot)
+
+    def build(self, settings: Mapping[str, Any]) -> Any:
+        """An instance from {"kind": ..., **fields}; unknown fields and wrong types are refused by name."""
+        values = dict(settings)
+        kind = values.pop("kind", None)
+        if not isinstance(kind, str):
+            raise ExperimentError(f"{self.slot}: needs kind = one of {', '.join(sorted(self.entries))}.")
+        cls = self.find(kind)
+        if not dataclasses.is_dataclass(cls):
+            raise ExperimentError(f"{self.slot}: {kind!r} is not a dataclass of settings.")
+        fields = [item.name for item in dataclasses.fields(cls) if item.init]
+        for name in values:
+            if name not in fields:
+                raise ExperimentError(f"{self.slot}.{name}: {kind!r} has no such setting; {nearest(name, fields)}")
+        try:
+            return msgspec.convert(values, cls)
+        except msgspec.ValidationError as error:
+            raise ExperimentError(f"{self.slot} ({kind}): {error}.") from None

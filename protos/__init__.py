@@ -1,0 +1,1 @@
+"""The wire: `fedge.proto`, the code generated from it, and `wire`, the one module that turns bytes into objects."""
