@@ -79,6 +79,20 @@ class RefusedClient(TheirFault):
     exit_code = 9
 
 
+class NotJoined(RefusedClient):
+    """A call by a client that has not joined, or has been taken for gone since; it joins again."""
+
+    reason = "NOT_JOINED"
+    status = "FAILED_PRECONDITION"
+
+
+class StaleIncarnation(RefusedClient):
+    """Another process has joined under this client's name since; this one must stop."""
+
+    reason = "STALE_INCARNATION"
+    status = "FAILED_PRECONDITION"
+
+
 class RefusedUpdate(TheirFault):
     """An update that changes nothing; each leaf is one reason."""
 

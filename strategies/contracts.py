@@ -21,6 +21,8 @@ class Arrival:
 
     `version` is the base version; `staleness` counts the versions published between base and arrival. `duration_s`
     runs from dispatch to arrival on the coordinator's clock. `examples` is claimed by the client, within the limits.
+    `overdue`: the task had been given up (Lost was sent) before its update came after all; the client may be busy with
+    another by now.
     """
 
     client: str
@@ -32,6 +34,7 @@ class Arrival:
     duration_s: float
     norm: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    overdue: bool = False
 
 
 # ---- signals: what a scheduler is told ---------------------------------------------------------
@@ -218,7 +221,8 @@ class Work(Protocol):
     """One task in progress on a client, as a hook sees it. Vectors are of the trainer's kind (torch, flat [trainable]).
 
     `start` holds the received parameters, `params` the live ones, `grad` their gradient; `blobs` came with the
-    broadcast. `rate` is the learning rate of a local step.
+    broadcast. `rate` is the learning rate of a local step. `scratch` is for what hooks remember during this one task,
+    under keys that begin with their name.
     """
 
     task: Task
@@ -227,9 +231,11 @@ class Work(Protocol):
     params: Any
     grad: Any
     rate: float
+    scratch: dict[str, Any]
 
     def descend(self, vector: Any, steps: int, adjust: Any) -> Any:
-        """Train from `vector` for `steps` on the client's data, apart from the task's own parameters; the result."""
+        """Train from `vector` for `steps` on the client's data, apart from the task's own parameters; the result, a
+        new vector. `adjust(work)` is called before each step with `work.params` and `work.grad` of that training."""
 
 
 class ClientHook(Protocol):

@@ -1,0 +1,14 @@
+"""Everybody who is idle takes part."""
+
+from dataclasses import dataclass
+
+from fedge.strategies.contracts import Fleet
+
+
+@dataclass(frozen=True, slots=True)
+class All:
+    """The whole fleet, in the order of names."""
+
+    def select(self, fleet: Fleet, round_: int) -> list[str]:  # noqa: ARG002 the round does not matter here
+        """All of `fleet.idle`."""
+        return sorted(fleet.idle)
