@@ -108,6 +108,7 @@ class Machine:
         self._effects = []
         first = not self._state.clients
         self._state.now = self._fleet.now = max(self._state.now, event.now)
+        self._stop_if_due()  # what comes after the end of the time does not count
         match event:
             case Arrived():
                 self._on_arrived(event.update)

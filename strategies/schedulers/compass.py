@@ -22,6 +22,7 @@ from fedge.strategies.contracts import Arrival, Arrived, Close, Closed, Fleet, K
 from fedge.strategies.contracts import Ticked, Train, Wake
 
 LATE = "late"
+SHORTEST_S = 1e-9  # per step: a speed of zero would promise infinitely many
 
 
 @dataclass(slots=True)
@@ -85,7 +86,7 @@ class Compass:
     # ---- arrivals ------------------------------------------------------------------------------
 
     def _arrived(self, state: State, arrival: Arrival, fleet: Fleet) -> list[Order]:
-        client, sample = arrival.client, arrival.duration_s / arrival.steps
+        client, sample = arrival.client, max(arrival.duration_s / arrival.steps, SHORTEST_S)
         first = client not in state.speeds
         state.speeds[client] = sample if first else (1 - self.momentum) * state.speeds[client] + self.momentum * sample
         name = None if arrival.overdue else state.group_of.pop(client, None)

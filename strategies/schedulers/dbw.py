@@ -18,6 +18,7 @@ from math import inf
 from fedge.strategies.contracts import Arrival, Arrived, Close, Closed, Discard, Fleet, Keep, Lost, Order, Ready
 from fedge.strategies.contracts import Signal, Train
 
+SHORTEST_S = 1e-9  # a duration of zero would be worth infinitely much
 WINDOW = 5  # rounds over which the smoothness L is averaged
 
 
@@ -62,7 +63,7 @@ class DynamicBackupWorkers:
         return state, []
 
     def _arrived(self, state: State, arrival: Arrival, fleet: Fleet) -> list[Order]:
-        state.durations[arrival.client] = arrival.duration_s
+        state.durations[arrival.client] = max(arrival.duration_s, SHORTEST_S)
         if arrival.staleness or arrival.overdue:
             again = self._send_one(state, arrival.client) if arrival.client in fleet.idle else []
             return [Discard(f"The round closed with its {state.k} fastest clients."), *again]
