@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from fedge.core.errors import ExperimentError
+from fedge.core.errors import ExperimentError, FedgeError
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -33,6 +33,10 @@ def load(path: str, where: str) -> Any:
         raise ExperimentError(f"{where}: cannot import {module!r} ({error}); install it or mend the path.") from error
     except AttributeError:
         raise ExperimentError(f"{where}: module {module!r} has no {name!r}.") from None
+    except FedgeError:
+        raise
+    except Exception as error:  # a plug-in boundary: importing runs the user's code
+        raise ExperimentError(f"{where}: importing {module!r} raised {error!r}; mend that module.") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ _ARRAY = 1  # the extension type: dtype and shape in MessagePack behind a 2-byte
 
 def _pack(value: Any) -> msgspec.msgpack.Ext:
     if isinstance(value, np.generic):
-        value = value[()].__array__()
+        value = np.asarray(value)
     if not isinstance(value, np.ndarray) or value.dtype.hasobject:
         raise TypeError(f"a state may hold plain data and numeric arrays, not {type(value).__name__}")
     head = msgspec.msgpack.encode((value.dtype.str, value.shape))

@@ -21,8 +21,19 @@ from fedge.core.params import Vector
 from fedge.core.random import generator
 from fedge.core.task import Broadcast, Task, Update
 from fedge.server.machine import Federation, Machine
-from fedge.server.machine.events import Arrived, Dispatch, Evaluated, Event, Failed, Joined, Left, Publish, Record
-from fedge.server.machine.events import Ticked, WakeAt
+from fedge.server.machine.events import (
+    Arrived,
+    Dispatch,
+    Evaluated,
+    Event,
+    Failed,
+    Joined,
+    Left,
+    Publish,
+    Record,
+    Ticked,
+    WakeAt,
+)
 from fedge.simulation.network import Line, Network
 from fedge.simulation.pool import Pool
 from fedge.simulation.speeds import StepTimes
@@ -30,7 +41,7 @@ from fedge.simulation.speeds import StepTimes
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run came to. `vector` float32 [d]; `now` virtual and `wall_s` real seconds; `hash` SHA-256 of the vector."""
+    """What a run came to: `vector` float32 [d] and its SHA-256 in `hash`; `now` in virtual, `wall_s` in real seconds."""
 
     vector: Vector
     version: int
@@ -69,7 +80,8 @@ class Simulation:
         names: Sequence[str] | None = None,
     ) -> None:
         """`processes` > 1 trains in as many workers, each of which builds its trainer by `worker_spec`: the dotted
-        path of a function and the plain settings it is called with. `names` are the clients' (client-000, ...)."""
+        path of a function and the plain settings it is called with. `names` are the clients' (client-000, ...).
+        """
         self._federation = federation
         self._trainer = trainer
         self._shards = shards
@@ -114,7 +126,7 @@ class Simulation:
             if self._pool:
                 self._pool.close()
         last = self._machine.broadcast
-        digest = hashlib.sha256(np.ascontiguousarray(last.vector)).hexdigest()
+        digest = hashlib.sha256(last.vector.data).hexdigest()
         wall_s = time.perf_counter() - self._started
         finished = self._machine.finished or "idle"
         return Result(last.vector, last.version, self._machine.updates, self._machine.now, wall_s, digest, finished)

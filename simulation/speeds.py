@@ -34,7 +34,7 @@ class Homogeneous:
     def __post_init__(self) -> None:
         _positive(self.mean_s)
 
-    def step_s(self, client: int, task: int, seed: int) -> float:  # noqa: ARG002 - alike for all
+    def step_s(self, client: int, task: int, seed: int) -> float:
         """`mean_s`."""
         return self.mean_s
 
@@ -49,7 +49,7 @@ class Normal:
     def __post_init__(self) -> None:
         _positive(self.mean_s)
 
-    def step_s(self, client: int, task: int, seed: int) -> float:  # noqa: ARG002 - the mean of a client is fixed
+    def step_s(self, client: int, task: int, seed: int) -> float:
         """The client's mean."""
         drawn = generator(seed, "speed", client).normal(self.mean_s, self.spread * self.mean_s)
         return max(float(drawn), self.mean_s / SLOWEST_RATIO)
@@ -64,7 +64,7 @@ class Exponential:
     def __post_init__(self) -> None:
         _positive(self.mean_s)
 
-    def step_s(self, client: int, task: int, seed: int) -> float:  # noqa: ARG002 - the mean of a client is fixed
+    def step_s(self, client: int, task: int, seed: int) -> float:
         """The client's mean."""
         return max(float(generator(seed, "speed", client).exponential(self.mean_s)), self.mean_s / SLOWEST_RATIO)
 
@@ -85,12 +85,14 @@ class Trace:
         except OSError as error:
             raise DataError(f"simulation.speeds.file: cannot read {self.file!r} ({error.strerror}).") from None
         except msgspec.DecodeError as error:
-            raise DataError(f"simulation.speeds.file: {self.file!r} is no JSON list of lists of seconds ({error}).") from None
+            raise DataError(
+                f"simulation.speeds.file: {self.file!r} is no JSON list of lists of seconds ({error})."
+            ) from None
         if not lists or not all(times and min(times) > 0 for times in lists):
             raise DataError(f"simulation.speeds.file: {self.file!r} needs a list of times above 0 for every client.")
         return lists
 
-    def step_s(self, client: int, task: int, seed: int) -> float:  # noqa: ARG002 - recorded, not drawn
+    def step_s(self, client: int, task: int, seed: int) -> float:
         """The recorded time."""
         times = self._lists[client % len(self._lists)]
         return times[task % len(times)]

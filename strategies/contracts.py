@@ -214,7 +214,8 @@ class ServerOptimizer(Protocol):
         self, state: Any, vector: Vector, aggregate: Mapping[str, Vector], group: Group
     ) -> tuple[Any, Vector, Mapping[str, Array]]:
         """(state, new parameters, blobs to broadcast). `aggregate["delta"]` is the pseudo-gradient, already scaled by
-        `group.step`; further blobs are unscaled. `vector` must not be changed."""
+        `group.step`; further blobs are unscaled. `vector` must not be changed.
+        """
 
 
 class Work(Protocol):
@@ -235,7 +236,8 @@ class Work(Protocol):
 
     def descend(self, vector: Any, steps: int, adjust: Any) -> Any:
         """Train from `vector` for `steps` on the client's data, apart from the task's own parameters; the result, a
-        new vector. `adjust(work)` is called before each step with `work.params` and `work.grad` of that training."""
+        new vector. `adjust(work)` is called before each step with `work.params` and `work.grad` of that training.
+        """
 
 
 class ClientHook(Protocol):

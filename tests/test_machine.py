@@ -1,4 +1,4 @@
-"""The machine as its shells meet it: what counts, what is refused, who is evicted, and that a snapshot is everything."""
+"""The machine as its shells meet it: what counts, what is refused, who is evicted; and that a snapshot is everything."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,19 @@ from hypothesis import strategies as st
 from fedge.core.errors import ModelError, StrategyError
 from fedge.core.limits import Limits
 from fedge.server.machine import Machine, Stop
-from fedge.server.machine.events import Ack, Arrived, Dispatch, Evaluated, Evict, Failed, Finished, Joined, Left, Refuse
-from fedge.server.machine.events import Ticked
+from fedge.server.machine.events import (
+    Ack,
+    Arrived,
+    Dispatch,
+    Evaluated,
+    Evict,
+    Failed,
+    Finished,
+    Joined,
+    Left,
+    Refuse,
+    Ticked,
+)
 from fedge.strategies.contracts import Keep, Train
 from fedge.strategies.optimizers import OPTIMIZERS
 from fedge.strategies.schedulers import SCHEDULERS

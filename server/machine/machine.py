@@ -11,14 +11,39 @@ A peer's bad input becomes a Refuse or Evict effect and changes nothing else. On
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from fedge.core.errors import BadReport, FedgeError, ModelError, NotYourTask, RefusedUpdate, StrategyError
-from fedge.core.errors import TaskSpent, TooStale, UnknownTask
+from fedge.core.errors import (
+    BadReport,
+    FedgeError,
+    ModelError,
+    NotYourTask,
+    RefusedUpdate,
+    StrategyError,
+    TaskSpent,
+    TooStale,
+    UnknownTask,
+)
 from fedge.core.params import Vector
 from fedge.core.random import token
 from fedge.core.task import Broadcast, Task, Update
 from fedge.server.machine import pools, state
-from fedge.server.machine.events import Ack, Arrived, Dispatch, Effect, Evaluated, Event, Evict, Failed, Finished
-from fedge.server.machine.events import Joined, Left, Publish, Record, Refuse, Ticked, WakeAt
+from fedge.server.machine.events import (
+    Ack,
+    Arrived,
+    Dispatch,
+    Effect,
+    Evaluated,
+    Event,
+    Evict,
+    Failed,
+    Finished,
+    Joined,
+    Left,
+    Publish,
+    Record,
+    Refuse,
+    Ticked,
+    WakeAt,
+)
 from fedge.server.machine.lifecycles import CLIENT, POOL, TASK, advance
 from fedge.server.machine.state import ClientRecord, Federation, State, TaskRecord
 from fedge.strategies import contracts as say
@@ -164,7 +189,9 @@ class Machine:
         try:
             if update.base_version != record.version or not 0 < update.steps <= record.steps:
                 asked = f"version {record.version}, at most {record.steps} steps"
-                raise BadReport(f"The update claims version {update.base_version}, {update.steps} steps; asked: {asked}.")
+                raise BadReport(
+                    f"The update claims version {update.base_version}, {update.steps} steps; asked: {asked}."
+                )
             norm = screen(update, self._federation.layout.size, self._federation.blobs, self._federation.limits)
         except RefusedUpdate as error:
             self._refuse(update.client, update.task_id, error)
@@ -229,7 +256,9 @@ class Machine:
     def _dispatch(self, order: say.Train) -> None:
         held, known = self._state, self._state.clients.get(order.client)
         if known is None or known.state != "idle" or not 0 < order.steps <= self._federation.limits.max_steps:
-            raise StrategyError(f"the scheduler asked {order.client} for {order.steps} steps; it is not idle or they are too many")
+            raise StrategyError(
+                f"the scheduler asked {order.client} for {order.steps} steps; it is not idle or they are too many"
+            )
         id_ = token(self._federation.seed, "task", held.issued)
         held.issued += 1
         hyper = {**self._federation.hyper, **order.hyper}

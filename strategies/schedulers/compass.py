@@ -1,5 +1,5 @@
-"""FedCompass: give each client as many local steps as make its group arrive together (Li, Chard, Chen, Kim, "FedCompass:
-Efficient Cross-Silo Federated Learning on Heterogeneous Client Devices using a Computing Power-Aware Scheduler", 2024).
+"""FedCompass: as many local steps for each client as make its group arrive together (Li et al., "FedCompass: Efficient
+Cross-Silo Federated Learning on Heterogeneous Client Devices using a Computing Power-Aware Scheduler", 2024).
 
     speed S_i    seconds per local step, smoothed with weight `momentum` on the newest sample
     join         the open group g with the most steps q = floor((T_exp(g) - now) / S_i), min_steps <= q <= max_steps
@@ -18,8 +18,22 @@ from dataclasses import dataclass, field
 from math import floor
 
 from fedge.core.errors import ExperimentError
-from fedge.strategies.contracts import Arrival, Arrived, Close, Closed, Fleet, Keep, Lost, Note, Order, Ready, Signal
-from fedge.strategies.contracts import Ticked, Train, Wake
+from fedge.strategies.contracts import (
+    Arrival,
+    Arrived,
+    Close,
+    Closed,
+    Fleet,
+    Keep,
+    Lost,
+    Note,
+    Order,
+    Ready,
+    Signal,
+    Ticked,
+    Train,
+    Wake,
+)
 
 LATE = "late"
 SHORTEST_S = 1e-9  # per step: a speed of zero would promise infinitely many
@@ -78,7 +92,9 @@ class Compass:
             case Ticked():
                 return state, self._close_due(state, fleet)
             case Closed(_, members):
-                back = sorted({member.client for member in members} & fleet.idle.keys(), key=lambda c: (state.speeds[c], c))
+                back = sorted(
+                    {member.client for member in members} & fleet.idle.keys(), key=lambda c: (state.speeds[c], c)
+                )
                 waiting = {name for group in state.groups.values() for name in group.arrived}
                 return state, [order for c in back if c not in waiting for order in self._assign(state, c, fleet)]
         return state, []
@@ -163,4 +179,4 @@ class Compass:
                 fastest = min(state.speeds[name] for name in (*group.awaited, *group.arrived))
                 meetings.append(floor((group.latest_at + fastest * self.max_steps - now) / speed))
         within = [steps for steps in meetings if steps <= self.max_steps]
-        return max(self.min_steps, max(within)) if within else self.max_steps
+        return max(self.min_steps, *within) if within else self.max_steps

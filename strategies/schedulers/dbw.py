@@ -15,8 +15,20 @@ from collections import deque
 from dataclasses import dataclass, field
 from math import inf
 
-from fedge.strategies.contracts import Arrival, Arrived, Close, Closed, Discard, Fleet, Keep, Lost, Order, Ready
-from fedge.strategies.contracts import Signal, Train
+from fedge.strategies.contracts import (
+    Arrival,
+    Arrived,
+    Close,
+    Closed,
+    Discard,
+    Fleet,
+    Keep,
+    Lost,
+    Order,
+    Ready,
+    Signal,
+    Train,
+)
 
 SHORTEST_S = 1e-9  # a duration of zero would be worth infinitely much
 WINDOW = 5  # rounds over which the smoothness L is averaged

@@ -2,8 +2,8 @@
 
     w <- (1 - alpha s(tau)) w + alpha s(tau) w_i        which is w - alpha s(tau) delta_i up to the client's drift
 
-The mixing form assumes the client's model; fedge moves along the delta, the pseudo-gradient against the client's own
-base. s(tau) is the staleness weigher and starts anew for each update (a published implementation decays alpha for good).
+The mixing form needs the client's model; fedge moves along the delta, the pseudo-gradient against the client's base.
+s(tau) is the staleness weigher and starts anew for each update (a published implementation decays alpha for good).
 """
 
 from dataclasses import dataclass

@@ -8,8 +8,20 @@ Tiers are not formed anew: a client that joins later is put into the slowest.
 
 from dataclasses import dataclass, field
 
-from fedge.strategies.contracts import Arrival, Arrived, Close, Closed, Discard, Fleet, Keep, Lost, Order, Ready
-from fedge.strategies.contracts import Signal, Train
+from fedge.strategies.contracts import (
+    Arrival,
+    Arrived,
+    Close,
+    Closed,
+    Discard,
+    Fleet,
+    Keep,
+    Lost,
+    Order,
+    Ready,
+    Signal,
+    Train,
+)
 from fedge.strategies.schedulers.tiers import split
 
 PROFILE = "profile"
@@ -51,7 +63,9 @@ class FedAT:
             case Closed(pools) if pools == (PROFILE,):
                 tiers = split(state.durations, self.tiers)
                 state.pool = {name: f"tier-{rank}" for rank, tier in enumerate(tiers) for name in tier}
-                return state, [order for rank in range(len(tiers)) for order in self._send(state, f"tier-{rank}", fleet)]
+                return state, [
+                    order for rank in range(len(tiers)) for order in self._send(state, f"tier-{rank}", fleet)
+                ]
             case Closed(pools):
                 return state, [order for pool in pools for order in self._send(state, pool, fleet)]
         return state, []

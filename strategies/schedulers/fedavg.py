@@ -6,8 +6,20 @@ An update from an earlier round is refused as too stale. A client that is lost d
 
 from dataclasses import dataclass, field
 
-from fedge.strategies.contracts import Arrived, Close, Closed, Discard, Fleet, Keep, Lost, Order, Ready, Selector
-from fedge.strategies.contracts import Signal, Train
+from fedge.strategies.contracts import (
+    Arrived,
+    Close,
+    Closed,
+    Discard,
+    Fleet,
+    Keep,
+    Lost,
+    Order,
+    Ready,
+    Selector,
+    Signal,
+    Train,
+)
 from fedge.strategies.selectors.all import All
 
 

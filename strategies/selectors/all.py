@@ -9,6 +9,6 @@ from fedge.strategies.contracts import Fleet
 class All:
     """The whole fleet, in the order of names."""
 
-    def select(self, fleet: Fleet, round_: int) -> list[str]:  # noqa: ARG002 the round does not matter here
+    def select(self, fleet: Fleet, round_: int) -> list[str]:
         """All of `fleet.idle`."""
         return sorted(fleet.idle)

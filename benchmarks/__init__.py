@@ -1,0 +1,1 @@
+"""Benchmarks: one file per subject, run as `python -m benchmarks.NAME [--json] [--quick]`."""
