@@ -63,7 +63,9 @@ class FunctionTrainer:
         except Exception as error:  # a plug-in boundary: whatever the user's code raises goes on with who and where
             raise TrainerError(f"{task.client}: the training function raised {error!r} in task {task.id}.") from error
         if local.shape != broadcast.vector.shape:
-            raise TrainerError(f"{task.client}: the training function returned {local.shape}, not {broadcast.vector.shape}.")
+            raise TrainerError(
+                f"{task.client}: the training function returned {local.shape}, not {broadcast.vector.shape}."
+            )
         delta = np.subtract(broadcast.vector, local, out=out)
         return Update(task.client, task.id, task.version, task.steps, max(1, len(shard)), {DELTA: delta})
 

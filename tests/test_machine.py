@@ -1,5 +1,7 @@
 """The machine as its shells meet it: what counts, what is refused, who is evicted; and that a snapshot is everything."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -172,6 +174,17 @@ def test_a_rule_that_needs_more_rows_holds_the_group_and_merges_it():
     table.deliver("b", 2.0, 3.0)
     assert table.machine.broadcast.version == 1
     np.testing.assert_array_equal(table.machine.broadcast.vector, np.full(SIZE, -2.0))
+
+
+def test_float_buffers_are_averaged_whatever_the_optimizer():
+    plan = federation(optimizer=OPTIMIZERS.build({"kind": "adam"}))
+    plan = replace(plan, layout=replace(plan.layout, trainable=SIZE - 1))
+    table = Table(plan)
+    table.join("a", "b")
+    table.deliver("a", 1.0, 1.0)
+    table.deliver("b", 1.0, 3.0)
+    assert table.machine.broadcast.vector[-1] == -2.0
+    assert table.machine.broadcast.vector[0] != -2.0
 
 
 class Broken:

@@ -22,9 +22,9 @@ from fedge.core.errors import (
     TooStale,
     UnknownTask,
 )
-from fedge.core.params import Vector
+from fedge.core.params import Array, Vector
 from fedge.core.random import token
-from fedge.core.task import Broadcast, Task, Update
+from fedge.core.task import DELTA, Broadcast, Task, Update
 from fedge.server.machine import pools, state
 from fedge.server.machine.events import (
     Ack,
@@ -391,10 +391,7 @@ class Machine:
         whole.state = advance(POOL, whole.state, "closed")
         aggregate, norm, scale = pools.finish(whole, plan.aggregator, order.step)
         group = Group(order.pools, members, tuple(whole.weights), scale, plan.expected)
-        held.optimizer, vector, blobs = plan.optimizer.step(held.optimizer, held.vector, aggregate, group)
-        if vector.shape != held.vector.shape:
-            raise StrategyError(f"optimizer {type(plan.optimizer).__name__} returned shape {vector.shape}")
-        vector.flags.writeable = False
+        vector, blobs = self._optimize(aggregate, group)
         held.vector, held.blobs = vector, dict(blobs)
         held.version += 1
         held.updates += len(members)
@@ -403,6 +400,18 @@ class Machine:
         self._record_group(group, norm)
         self._stop_if_due()
         return say.Closed(order.pools, members, norm)
+
+    def _optimize(self, aggregate: Mapping[str, Vector], group: Group) -> tuple[Vector, Mapping[str, Array]]:
+        plan, held = self._federation, self._state
+        buffers = slice(plan.layout.trainable, None)
+        mean = held.vector[buffers] - aggregate[DELTA][buffers]
+        held.optimizer, vector, blobs = plan.optimizer.step(held.optimizer, held.vector, aggregate, group)
+        if vector.shape != held.vector.shape:
+            raise StrategyError(f"optimizer {type(plan.optimizer).__name__} returned shape {vector.shape}")
+        # Float buffers are statistics, not parameters: momentum or Adam could push a variance below zero.
+        vector[buffers] = mean
+        vector.flags.writeable = False
+        return vector, blobs
 
     # ---- the end, and the record ---------------------------------------------------------------
 

@@ -1,0 +1,90 @@
+"""The functions people call: simulate an experiment, aggregate rows.
+
+Owns how a run is played from beginning to end. Must never print.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedge import build, runs, trackers
+from fedge.client.data import load as load_data
+from fedge.core.errors import ExperimentError
+from fedge.core.params import Array, Vector
+from fedge.experiment import Experiment
+from fedge.runs import Recorder, Run, Watcher
+from fedge.server.machine.events import Record
+from fedge.strategies.aggregators import AGGREGATORS
+
+
+def simulate(experiment: Experiment | Path | str, out: Path | str | None = None) -> Run:
+    """Simulate an experiment, or the file of one, in virtual time.
+
+    Where `out` is given, the run folder is written there; it must be empty or new. Raises leaves of FedgeError.
+    """
+    plan = experiment if isinstance(experiment, Experiment) else build.load_experiment(experiment)
+    return play(build.settled(plan), lambda: runs.new_folder("", Path(out)) if out is not None else None)
+
+
+def play(experiment: Experiment, folder: Callable[[], Path | None], watchers: Sequence[Watcher] = ()) -> Run:
+    """Simulate a settled experiment. `folder` makes the run folder, once everything else is known to be in order.
+
+    A run that is interrupted leaves its records and a summary, but no model.
+    """
+    dataset = load_data(experiment.data.dataset)
+    parts = build.shards(experiment, dataset)
+    partition = build.partition_summary(dataset, parts)
+    trainer = build.trainer(experiment, dataset)
+    simulation = build.simulation(experiment, trainer, parts)
+    path = folder()
+    with Recorder(experiment, path) as recorder, trackers.opened(experiment, path) as tracking:
+        told = [recorder, *tracking, *watchers]
+
+        def on_record(record: Record) -> None:
+            for watcher in told:
+                watcher.record(record)
+
+        def on_metrics(line: dict[str, Any]) -> None:
+            for watcher in told:
+                watcher.metrics(line)
+
+        try:
+            result = simulation.run(on_record, on_metrics)
+        except BaseException as error:  # said in the summary, and passed on
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
+            recorder.finish(partition, reason=reason)
+            raise
+        return recorder.finish(partition, trainer.layout, result.vector, result.finished)
+
+
+def aggregate(rows: Any, kind: str = "mean", weights: Sequence[float] | None = None, **settings: Any) -> Vector:
+    """Rows [n, d] to one vector float32 [d] by any rule: `kind` and its settings, as in an experiment file.
+
+    `weights` [n] count where the rule honours them. Raises ExperimentError where rule, rows and weights do not fit.
+    """
+    rule = AGGREGATORS.build({"kind": kind, **settings})
+    table = _table(rows)
+    if table.ndim != 2 or not table.size:
+        raise ExperimentError(f"rows has shape {table.shape}; give one row per update, [n, d].")
+    if len(table) < rule.min_rows():
+        raise ExperimentError(f"{kind!r} needs at least {rule.min_rows()} rows, and there are {len(table)}.")
+    shares = np.ones(len(table)) if weights is None else np.asarray(weights, np.float64)
+    if shares.shape != (len(table),) or not np.isfinite(shares).all() or (shares < 0).any():
+        raise ExperimentError(f"weights must be {len(table)} numbers of at least 0, one per row.")
+    if not np.isfinite(table).all():
+        raise ExperimentError("rows holds NaN or infinite values; leave those rows out.")
+    state = rule.init(table.shape[1])
+    for row, share in zip(table, shares):
+        state = rule.fold(state, row, float(share))
+    found: Vector = rule.finish(state)
+    return found
+
+
+def _table(rows: Any) -> Array:
+    try:
+        table: Array = np.asarray(rows, np.float32)
+    except (TypeError, ValueError):
+        raise ExperimentError("rows must be numbers, one row of equal length per update, [n, d].") from None
+    return np.ascontiguousarray(table) if table.ndim else table

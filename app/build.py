@@ -1,0 +1,269 @@
+"""From an experiment to objects: data set, shards, trainer, federation, speeds, simulation.
+
+Owns the wiring by name, the defaults that follow from other settings, and the refusal of combinations that cannot
+work, each with a sentence that says why. Must never hold an algorithm. Torch is imported only where a trainer is built.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedge import experiment as experiments
+from fedge.client.data import PARTITIONS, Dataset, Partition, counts, load
+from fedge.client.trainer import Shard, Trainer
+from fedge.core import registry
+from fedge.core.errors import ExperimentError, TrainerError
+from fedge.core.params import Layout
+from fedge.core.registry import Registry
+from fedge.experiment import Component, Experiment
+from fedge.server.machine import Federation, Stop
+from fedge.simulation import SPEEDS, Network, Simulation
+from fedge.strategies.aggregators import AGGREGATORS
+from fedge.strategies.contracts import Scheduler
+from fedge.strategies.hooks import HOOKS
+from fedge.strategies.optimizers import OPTIMIZERS
+from fedge.strategies.schedulers import SCHEDULERS
+from fedge.strategies.selectors import SELECTORS
+from fedge.strategies.weighers import STALENESS, WEIGHERS
+
+HALVES = ("scaffold", "feddyn")  # algorithms with a hook on the client and an optimizer on the server
+
+
+def load_experiment(path: Any, overrides: Sequence[str] = ()) -> Experiment:
+    """Read, complete and check an experiment file. Raises ExperimentError with one sentence."""
+    return settled(experiments.load(path, overrides))
+
+
+def settled(experiment: Experiment) -> Experiment:
+    """The experiment with every setting that follows from others filled in. Raises ExperimentError where some cannot
+    go together. Settling twice changes nothing.
+    """
+    data = experiments.plain(experiment)
+    partition, server = data["data"]["partition"], data["server"]
+    if partition.get("kind") != "natural":
+        partition.setdefault("clients", 10)
+    hooks = [hook.get("kind") for hook in data["client"]["hooks"]]
+    server.setdefault("optimizer", _optimizer_for(server, hooks))
+    server.setdefault("weigher", {"kind": _weigher_for(server["optimizer"].get("kind"))})
+    data["data"]["partition"] = complete(PARTITIONS, partition)
+    for slot, table in _SERVER_SLOTS.items():
+        if slot in server:
+            server[slot] = complete(table, server[slot])
+    data["simulation"]["speeds"] = complete(SPEEDS, data["simulation"]["speeds"])
+    data["client"]["hooks"] = [complete(HOOKS, hook) for hook in data["client"]["hooks"]]
+    found = experiments.of(data)
+    _check_pairs(found, hooks)
+    _check_sizes(found)
+    return found
+
+
+_SERVER_SLOTS: Mapping[str, Registry] = {
+    "scheduler": SCHEDULERS,
+    "selector": SELECTORS,
+    "weigher": WEIGHERS,
+    "staleness": STALENESS,
+    "aggregator": AGGREGATORS,
+    "optimizer": OPTIMIZERS,
+}
+
+
+def complete(kinds: Registry, table: Component) -> Component:
+    """A component's table with its defaults written out, so that a run folder says all. Raises ExperimentError."""
+    built = kinds.build(table)
+    values = {field.name: getattr(built, field.name) for field in dataclasses.fields(built) if field.init}
+    plain = {
+        name: value for name, value in values.items() if isinstance(value, bool | int | float | str | list | tuple)
+    }
+    return {"kind": table["kind"], **plain, **table}
+
+
+def _optimizer_for(server: Mapping[str, Any], hooks: Sequence[Any]) -> Component:
+    scheduler = server["scheduler"]
+    if scheduler.get("kind") == "fedat":
+        return {"kind": "fedat", "tiers": SCHEDULERS.build(scheduler).tiers}
+    for half in HALVES:
+        if half in hooks:
+            return {"kind": half}
+    weigher = server.get("weigher", {})
+    if weigher.get("kind") == "fednova":
+        return {"kind": "fednova", "momentum": WEIGHERS.build(weigher).momentum}
+    return {"kind": "sgd"}
+
+
+def _weigher_for(optimizer: Any) -> str:
+    return {"scaffold": "equal", "feddyn": "equal", "fednova": "fednova"}.get(optimizer, "examples")
+
+
+# ---- what cannot work --------------------------------------------------------------------------
+
+
+def _check_pairs(experiment: Experiment, hooks: Sequence[Any]) -> None:
+    """Algorithms whose halves stand in different slots."""
+    server = experiment.server
+    optimizer, weigher = _kind(server.optimizer), _kind(server.weigher)
+    for half in HALVES:
+        if half in hooks and optimizer != half:
+            raise ExperimentError(
+                f"The hook {half!r} needs the server.optimizer {half!r}, not {optimizer!r}; name that one, or none."
+            )
+        if optimizer == half and half not in hooks:
+            raise ExperimentError(
+                f"The optimizer {half!r} needs the hook {half!r} in client.hooks; it cannot work alone."
+            )
+    if (weigher == "fednova") != (optimizer == "fednova"):
+        raise ExperimentError(
+            "FedNova needs both server.weigher and server.optimizer of kind 'fednova'; name both or none."
+        )
+    if (_kind(server.scheduler) == "fedat") != (optimizer == "fedat"):
+        raise ExperimentError(
+            "FedAT needs both server.scheduler and server.optimizer of kind 'fedat'; name both or none."
+        )
+    for key, first, second in (
+        ("tiers", server.scheduler if optimizer == "fedat" else {}, server.optimizer),
+        ("momentum", server.weigher if optimizer == "fednova" else {}, server.optimizer),
+    ):
+        if first and second and first.get(key) != second.get(key):
+            raise ExperimentError(
+                f"server.optimizer.{key} is {second.get(key)} but its other half says {first.get(key)}."
+            )
+
+
+def _check_sizes(experiment: Experiment) -> None:
+    """What asks for more clients than there are."""
+    clients = expected(experiment)
+    if not clients:
+        return  # a natural partition: as many as the data set has
+    needed = aggregator(experiment).min_rows()
+    if needed > clients:
+        kind = _kind(experiment.server.aggregator)
+        raise ExperimentError(
+            f"server.aggregator {kind!r} needs {needed} updates at once, and there are {clients} clients."
+        )
+    scheduler(experiment)
+    server = experiment.server
+    for where, table in (("scheduler", server.scheduler), ("selector", server.selector or {})):
+        for key in ("clients", "min_clients", "tiers"):
+            asked = table.get(key, 0)
+            if isinstance(asked, int) and asked > clients:
+                raise ExperimentError(
+                    f"server.{where}.{key} is {asked}, and there are {clients} clients; set it lower."
+                )
+
+
+def _kind(table: Component | None) -> str:
+    return str((table or {}).get("kind", ""))
+
+
+# ---- objects -----------------------------------------------------------------------------------
+
+
+def expected(experiment: Experiment) -> int:
+    """N, the number of clients; 0 where only the data set can tell."""
+    return int(experiment.data.partition.get("clients", 0))
+
+
+def scheduler(experiment: Experiment) -> Scheduler:
+    """The scheduler, with its selector where one is named."""
+    built: Any = SCHEDULERS.build(experiment.server.scheduler)
+    if experiment.server.selector is None:
+        return built  # type: ignore[no-any-return]
+    if "selector" not in {field.name for field in dataclasses.fields(built)}:
+        kind = _kind(experiment.server.scheduler)
+        raise ExperimentError(f"server.selector: the scheduler {kind!r} has no rounds to select for; leave it out.")
+    return dataclasses.replace(built, selector=SELECTORS.build(experiment.server.selector))  # type: ignore[no-any-return]
+
+
+def aggregator(experiment: Experiment) -> Any:
+    """The aggregator."""
+    return AGGREGATORS.build(experiment.server.aggregator)
+
+
+def federation(experiment: Experiment, layout: Layout, clients: int) -> Federation:
+    """The plan of a run for a model of that layout and so many clients. Needs no torch."""
+    server, general = experiment.server, experiment.experiment
+    optimizer = OPTIMIZERS.build(server.optimizer or {"kind": "sgd"})
+    stop = general.stop
+    return Federation(
+        layout=layout,
+        scheduler=scheduler(experiment),
+        share=WEIGHERS.build(server.weigher or {"kind": "examples"}),
+        staleness=STALENESS.build(server.staleness),
+        aggregator=aggregator(experiment),
+        optimizer=optimizer,
+        expected=clients,
+        seed=general.seed,
+        stop=Stop(stop.updates, stop.versions, stop.seconds, stop.target),
+        limits=experiment.deploy.limits,
+        blobs=getattr(optimizer, "blobs", frozenset()),
+    )
+
+
+def shards(experiment: Experiment, dataset: Dataset) -> list[Shard]:
+    """One shard per client."""
+    partition: Partition = PARTITIONS.build(experiment.data.partition)
+    return partition.split(dataset.y_train, dataset.columns, experiment.experiment.seed)
+
+
+def partition_summary(dataset: Dataset, parts: list[Shard]) -> dict[str, Any]:
+    """The `partition` of summary.json: examples of each class by client."""
+    table = counts(dataset.y_train, parts, len(dataset.classes)).tolist()
+    return {"classes": list(dataset.classes), "counts": table, "clients": client_names(len(parts))}
+
+
+def client_names(count: int) -> list[str]:
+    """The names of simulated clients, and of those that join with a shard."""
+    return [f"client-{index:03d}" for index in range(count)]
+
+
+def trainer(experiment: Experiment, dataset: Dataset) -> Trainer:
+    """The trainer over all of the data set. Raises ExperimentError, ModelError, TrainerError."""
+    if experiment.client.trainer == "torch":
+        return _torch_trainer(experiment, dataset)
+    builder = registry.load(experiment.client.trainer, "client.trainer")
+    try:
+        built: Trainer = builder(experiment, dataset)
+    except Exception as error:  # a plug-in boundary: whatever the user's code raises goes on with its name
+        raise TrainerError(f"client.trainer: {experiment.client.trainer!r} raised {error!r}; mend it.") from error
+    return built
+
+
+def _torch_trainer(experiment: Experiment, dataset: Dataset) -> Trainer:
+    try:
+        from fedge.client.torch_trainer import TorchTrainer
+    except ImportError as error:
+        if error.name != "torch":
+            raise
+        raise ExperimentError("This model needs PyTorch, which is not installed; pip install 'fedge[torch]'.") from None
+    client = experiment.client
+    return TorchTrainer(
+        registry.load(experiment.model.factory, "model.factory"),
+        dataset,
+        batch_size=client.batch_size,
+        optimizer=client.optimizer,
+        hooks=[HOOKS.build(hook) for hook in client.hooks],
+        seed=experiment.experiment.seed,
+    )
+
+
+def trainer_from(settings: Mapping[str, Any]) -> Trainer:
+    """The trainer of an experiment given as plain data: how a worker process builds its own."""
+    experiment = experiments.of(settings)
+    return trainer(experiment, load(experiment.data.dataset))
+
+
+def simulation(experiment: Experiment, built: Trainer, parts: list[Shard]) -> Simulation:
+    """The run in virtual time, ready to go."""
+    settings = experiment.simulation
+    network = Network(**{name: getattr(settings.network, name) for name in settings.network.__struct_fields__})
+    return Simulation(
+        federation(experiment, built.layout, len(parts)),
+        built,
+        parts,
+        SPEEDS.build(settings.speeds),
+        network,
+        jitter=settings.jitter,
+        processes=settings.processes,
+        worker_spec=("fedge.build:trainer_from", experiments.plain(experiment)),
+        evaluate_updates=experiment.experiment.evaluate_updates,
+        names=client_names(len(parts)),
+    )

@@ -1,0 +1,299 @@
+"""The command line.
+
+Owns arguments, what is printed where (results on standard output, progress on standard error), and exit codes. Any
+FedgeError is one line, or one JSON object with --json. Must never hold logic, and imports a command's modules only when
+it runs, so that `fedge --help` is quick.
+"""
+
+import json as jsons
+import logging
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import click
+import typer
+
+from fedge.core.errors import ExperimentError, FedgeError
+
+if TYPE_CHECKING:
+    from fedge.experiment import Stop
+    from fedge.runs import Run, Watcher
+
+app = typer.Typer(
+    name="fedge",
+    help="Federated learning on slow, flaky and hostile devices.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+INTERRUPTED = 130
+USAGE = 2
+WIDE = 240  # characters of a table that goes to a file or a pipe
+
+ExperimentFile = Annotated[Path, typer.Argument(help="The experiment file.", show_default=False)]
+Address = Annotated[str, typer.Argument(help="host:port of the coordinator.", show_default=False)]
+Setting = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. experiment.seed=3; repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and errors as one too.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from fedge import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path(), json: Json = False) -> None:
+    """Write a commented starter experiment, DIR/experiment.toml."""
+    path = folder / "experiment.toml"
+    if path.exists():
+        raise ExperimentError(f"{str(path)!r} is there already; name another folder, or move it away.")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(__file__).with_name("starter.toml"), path)
+    _say({"experiment": str(path)}, json, f"{path}  (try: fedge run {path})")
+
+
+@app.command()
+def run(
+    experiment: ExperimentFile,
+    set: Setting = [],  # noqa: B006 - typer copies it
+    out: Annotated[Path | None, typer.Option(help="The run folder.  [default: runs/NAME-DATE-TIME]")] = None,
+    processes: Annotated[int | None, typer.Option(min=0, help="Train in so many processes.")] = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Simulate an experiment in virtual time and write a run folder."""
+    from fedge import api, build, runs
+
+    more = [] if processes is None else [f"simulation.processes={processes}"]
+    plan = build.load_experiment(experiment, [*set, *more])
+    name = plan.experiment.name
+    with _watching(name, plan.experiment.stop, silent=quiet or json) as watchers:
+        made = api.play(plan, lambda: runs.new_folder(name, out), watchers)
+    _report(made, json)
+
+
+@app.command()
+def serve(
+    experiment: ExperimentFile,
+    set: Setting = [],  # noqa: B006 - typer copies it
+    listen: Annotated[str | None, typer.Option(help="host:port.  [default: deploy.listen]")] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="The run folder, to go on with if it exists.  [default: runs/NAME]")
+    ] = None,
+    insecure_remote: Annotated[bool, typer.Option(help="Let other machines connect although there is no TLS.")] = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Coordinate an experiment for devices that join; started again on the same folder, it goes on."""
+    from fedge import build, serving
+
+    plan = build.load_experiment(experiment, set)
+    name = plan.experiment.name
+
+    def on_listening(address: str) -> None:
+        _note(f"listening on {address}; devices join with: fedge join {address}")
+
+    with _watching(name, plan.experiment.stop, silent=quiet or json) as watchers:
+        made = serving.coordinate(
+            plan,
+            state or Path("runs") / name,
+            listen=listen or plan.deploy.listen,
+            allow_remote=insecure_remote,
+            on_listening=on_listening,
+            watchers=watchers,
+        )
+    _report(made, json)
+
+
+@app.command()
+def join(
+    address: Address,
+    experiment: Annotated[
+        Path | None, typer.Argument(help="The device's own experiment file.  [default: the coordinator's]")
+    ] = None,
+    set: Setting = [],  # noqa: B006 - typer copies it
+    name: Annotated[
+        str | None, typer.Option(help="This device's name.  [default: client-00K with --shard, else the host's]")
+    ] = None,
+    shard: Annotated[
+        int | None, typer.Option(min=0, help="Train on part K of the partition.  [default: on all data]")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Where to keep what must survive a restart.  [default: nowhere]")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Be a device: train for the coordinator at ADDRESS until the run ends."""
+    from dataclasses import asdict
+
+    from fedge import build, serving
+
+    if experiment is None and set:
+        raise ExperimentError("--set needs an experiment file of your own; name it after the address.")
+    plan = None if experiment is None else build.load_experiment(experiment, set)
+    known = name or (platform.node() or "client" if shard is None else build.client_names(shard + 1)[-1])
+
+    def progress(kind: str, details: Mapping[str, Any]) -> None:
+        if not json:
+            shown = {key: value for key, value in details.items() if isinstance(value, int | str)}
+            _note(f"{known}: {kind} " + "  ".join(f"{key} {value}" for key, value in shown.items()))
+
+    done = serving.participate(address, plan, name=known, shard=shard, folder=state, progress=progress)
+    _say(asdict(done), json, f"{known}: {done.updates} updates, {done.refused} refused; the run ended: {done.finished}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)], json: Json = False) -> None:
+    """Write report.html, with its plots, into a run folder."""
+    from fedge.report import write
+
+    page = write(run)
+    _say({"report": str(page)}, json, str(page))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where compare.html and compare.png go.")] = Path("compare"),
+    target: Annotated[float | None, typer.Option(help="Test accuracy.  [default: the runs' own]")] = None,
+    json: Json = False,
+) -> None:
+    """Compare runs: time to the target relative to the fastest, as a table and as plots."""
+    from dataclasses import asdict
+
+    from fedge.report import HEADS
+    from fedge.report import compare as compare_runs
+
+    found = compare_runs(runs, out, target)
+    if json:
+        rows = [asdict(row) for row in found.rows]
+        _say({"target": found.target, "rows": rows, "page": str(found.page), "plot": str(found.plot)}, json, "")
+        return
+    title = "" if found.target is None else f"to {found.target:.1%} accuracy"
+    _table(HEADS, [row.cells() for row in found.rows], title)
+    typer.echo(str(found.page))
+
+
+@app.command()
+def status(address: Address, json: Json = False) -> None:
+    """How the run at ADDRESS stands."""
+    from fedge import serving
+    from fedge.progress import duration
+
+    found = serving.status(address)
+    if json:
+        _say(found, json, "")
+        return
+    metrics = "  ".join(f"{name} {value:.4g}" for name, value in found["metrics"].items())
+    head = f"version {found['version']}  updates {found['updates']}  running {duration(found['running_s'])}  {metrics}"
+    typer.echo(f"{head}  {'ended: ' + found['finished'] if found['finished'] else ''}".rstrip())
+    heads = ("client", "state", "updates", "refused")
+    _table(heads, [[str(client[key]) for key in heads] for client in found["clients"]], "")
+
+
+# ---- printing ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _watching(title: str, stop: "Stop", *, silent: bool) -> Iterator["list[Watcher]"]:
+    """The progress, unless there is to be none."""
+    if silent:
+        yield []
+        return
+    from fedge.progress import Progress
+
+    with Progress(title, stop) as progress:
+        yield [progress]
+
+
+def _report(made: "Run", json: bool) -> None:
+    """Write the report and say where the run is."""
+    from fedge.report import write
+
+    page = ""
+    if made.folder is not None:
+        try:
+            page = str(write(made.folder))
+        except ExperimentError as error:  # without the plots a run is still a run
+            _note(f"no report: {error}")
+    summary = {**made.summary, "folder": str(made.folder), "report": page}
+    accuracy = made.summary["accuracy"].get("final")
+    reached = made.summary["time_to_target_s"]
+    words = [f"accuracy {accuracy:.2%}"] if accuracy is not None else []
+    if made.summary["target"] is not None:
+        words.append(
+            f"target {made.summary['target']:.0%} " + (f"after {reached:.1f} s" if reached is not None else "missed")
+        )
+    words.append(f"{made.summary['versions']} versions, {made.summary['updates']} updates ({made.summary['finished']})")
+    _say(summary, json, "\n".join(["  ".join(words), page or str(made.folder)]))
+
+
+def _say(data: Mapping[str, Any], as_json: bool, text: str) -> None:
+    typer.echo(jsons.dumps(data) if as_json else text)
+
+
+def _note(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, box=None, header_style="bold", pad_edge=False)
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+
+
+# ---- the entry point ---------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0, 130 on Ctrl-C, 2 for wrong usage, or the exit code of the error's leaf."""
+    sys.path.append(
+        str(Path.cwd())
+    )  # a user's "package.module:name" lies beside the experiment; last, so it shadows none
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    sys.exit(_outcome(words))
+
+
+def _outcome(words: list[str]) -> int:
+    as_json = "--json" in words
+    try:
+        code = app(words, prog_name="fedge", standalone_mode=False)
+    except FedgeError as error:
+        return _fault(error.reason, str(error), error.exit_code, as_json)
+    except click.ClickException as error:
+        return _fault("USAGE", error.format_message(), USAGE, as_json)
+    except OSError as error:
+        return _fault(FedgeError.reason, f"{error.strerror}: {error.filename}", FedgeError.exit_code, as_json)
+    if code == INTERRUPTED:  # what typer makes of Ctrl-C
+        return _fault("INTERRUPTED", "interrupted", INTERRUPTED, as_json)
+    return code if isinstance(code, int) else 0
+
+
+def _fault(reason: str, message: str, exit_code: int, as_json: bool) -> int:
+    page = f"docs/errors.md#{reason.lower()}"
+    if as_json:
+        typer.echo(jsons.dumps({"error": {"reason": reason, "message": message, "exit_code": exit_code, "help": page}}))
+    else:
+        _note(f"error: {message}")
+    return exit_code

@@ -1,0 +1,94 @@
+"""The figures of a run as they add up: what the progress shows and what summary.json holds in the end.
+
+Fed with the records and the lines of metrics.jsonl in the order they happen. Must never write a file.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedge.server.machine.events import Record
+
+
+@dataclass
+class Tally:
+    """Sums and extremes of one run. Times in seconds since the start, accuracies in [0, 1], sizes in bytes."""
+
+    target: float | None = None
+    t: float = 0.0
+    version: int = 0
+    updates: int = 0
+    arrived: int = 0
+    late: int = 0
+    bytes_up: int = 0
+    staleness_sum: int = 0
+    staleness_max: int = 0
+    finished: str = ""
+    time_to_target_s: float | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    updates_by_client: Counter[str] = field(default_factory=Counter)
+    lines: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def record(self, record: Record) -> None:
+        """One line of events.jsonl."""
+        self.t = record.t
+        self.counts[record.kind] += 1
+        values = record.values
+        if record.kind == "arrived":
+            self._arrived(values)
+        elif record.kind == "aggregated":
+            self.version = values["version"]
+            self.updates += len(values["members"])
+        elif record.kind == "refused":
+            self.refused[values["reason"]] += 1
+        elif record.kind == "finished":
+            self.finished = values["reason"]
+
+    def _arrived(self, values: Mapping[str, Any]) -> None:
+        self.arrived += 1
+        self.late += bool(values.get("late"))
+        self.bytes_up += values.get("bytes", 0)
+        self.staleness_sum += values["staleness"]
+        self.staleness_max = max(self.staleness_max, values["staleness"])
+        self.updates_by_client[values["client"]] += 1
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        self.lines.append(line)
+        accuracy = line.get("accuracy")
+        if self.target is not None and self.time_to_target_s is None and accuracy is not None:
+            self.time_to_target_s = line["t"] if accuracy >= self.target else None
+
+    def column(self, key: str) -> list[float]:
+        """One metric over the run, without the lines that lack it."""
+        return [line[key] for line in self.lines if line.get(key) is not None]
+
+    @property
+    def staleness_mean(self) -> float:
+        """Versions between base and arrival, over all accepted updates; 0 where there are none."""
+        return self.staleness_sum / self.arrived if self.arrived else 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """What of summary.json follows from the records alone."""
+        accuracies, losses = self.column("accuracy"), self.column("loss")
+        return {
+            "accuracy": {"final": accuracies[-1], "best": max(accuracies)} if accuracies else {},
+            "loss": losses[-1] if losses else None,
+            "target": self.target,
+            "time_to_target_s": self.time_to_target_s,
+            "versions": self.version,
+            "updates": self.updates,
+            "late": self.late,
+            "refused": dict(self.refused),
+            "failed": self.counts["failed"],
+            "expired": self.counts["expired"],
+            "left": self.counts["left"],
+            "evicted": self.counts["evicted"],
+            "updates_by_client": dict(self.updates_by_client),
+            "bytes_up": self.bytes_up,
+            "bytes_down": int(max(self.column("bytes_down"), default=0)),
+            "staleness": {"mean": self.staleness_mean, "max": self.staleness_max},
+            "seconds": self.t,
+        }
