@@ -15,7 +15,6 @@ from fedge.core.errors import ExperimentError
 from fedge.core.params import Array, Vector
 from fedge.experiment import Experiment
 from fedge.runs import Recorder, Run, Watcher
-from fedge.server.machine.events import Record
 from fedge.strategies.aggregators import AGGREGATORS
 
 
@@ -39,19 +38,9 @@ def play(experiment: Experiment, folder: Callable[[], Path | None], watchers: Se
     trainer = build.trainer(experiment, dataset)
     simulation = build.simulation(experiment, trainer, parts)
     path = folder()
-    with Recorder(experiment, path) as recorder, trackers.opened(experiment, path) as tracking:
-        told = [recorder, *tracking, *watchers]
-
-        def on_record(record: Record) -> None:
-            for watcher in told:
-                watcher.record(record)
-
-        def on_metrics(line: dict[str, Any]) -> None:
-            for watcher in told:
-                watcher.metrics(line)
-
+    with trackers.opened(experiment, path) as more, Recorder(experiment, path, [*more, *watchers]) as recorder:
         try:
-            result = simulation.run(on_record, on_metrics)
+            result = simulation.run(recorder.record, recorder.metrics)
         except BaseException as error:  # said in the summary, and passed on
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
             recorder.finish(partition, reason=reason)

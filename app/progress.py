@@ -15,7 +15,6 @@ from rich.live import Live
 from rich.table import Table
 
 from fedge.experiment import Stop
-from fedge.server.machine.events import Record
 from fedge.tally import Tally
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -29,9 +28,9 @@ class Progress:
 
     def __init__(self, title: str, stop: Stop, console: Console | None = None) -> None:
         self._title, self._stop = title, stop
-        self._tally = Tally(target=stop.target)
+        self._tally = Tally()
         self._console = console or Console(file=sys.stderr)
-        self._began: float | None = None  # at the first record
+        self._began = time.monotonic()
         self._live: Live | None = None
 
     def __enter__(self) -> "Progress":
@@ -48,14 +47,12 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
-    def record(self, record: Record) -> None:
-        """Count one record."""
-        self._began = self._began or time.monotonic()
-        self._tally.record(record)
+    def begin(self, tally: Tally) -> None:
+        """Show this tally from now on."""
+        self._tally, self._began = tally, time.monotonic()
 
     def metrics(self, line: Mapping[str, Any]) -> None:
-        """Count one evaluation; it is a line of its own where there is no terminal."""
-        self._tally.metrics(line)
+        """One line per evaluation where there is no terminal."""
         if self._live is None:
             shown = "  ".join(f"{name} {value}" for name, value in self._rows(line))
             self._console.print(shown, highlight=False, soft_wrap=True)
@@ -65,7 +62,7 @@ class Progress:
         accuracy = line.get("accuracy")
         return [
             ("time", duration(tally.t)),
-            ("wall", duration(time.monotonic() - self._began if self._began else 0.0)),
+            ("wall", duration(time.monotonic() - self._began)),
             ("version", str(tally.version)),
             ("updates", str(tally.updates)),
             ("accuracy", "-" if accuracy is None else f"{accuracy:.2%}"),

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -79,27 +79,28 @@ def _made(folder: Path) -> Path:
 
 
 class Watcher(Protocol):
-    """Who wants to know what happens in a run."""
+    """Who wants to know how a run goes."""
 
-    def record(self, record: Record) -> None:
-        """One record of the machine."""
+    def begin(self, tally: Tally) -> None:
+        """The run begins, or goes on; `tally` is kept up to date from now on."""
 
     def metrics(self, line: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl; the tally has it already."""
 
 
 class Recorder:
-    """The watcher that takes a run down, in memory and, where `folder` is given, in its files.
+    """Takes a run down, in memory and, where `folder` is given, in its files; and tells the watchers.
 
     A folder that holds records of this experiment is gone on with (`recorded` counts its lines), so that a coordinator
     started again completes it. Raises ExperimentError where the folder holds another experiment.
     """
 
-    def __init__(self, experiment: Experiment, folder: Path | None) -> None:
+    def __init__(self, experiment: Experiment, folder: Path | None, watchers: Sequence[Watcher] = ()) -> None:
         self.tally = Tally(target=experiment.experiment.stop.target)
         self.recorded = 0
         self._experiment = experiment
         self._folder = folder
+        self._watchers = watchers
         self._began = time.monotonic()
         self._wall_s = 0.0  # of earlier processes
         self._events: TextIO | None = None
@@ -109,6 +110,8 @@ class Recorder:
             self._recall(folder)
             self._events = (folder / EVENTS).open("a", BUFFER_BYTES, "utf-8")
             self._metrics = (folder / METRICS).open("a", encoding="utf-8")
+        for watcher in watchers:
+            watcher.begin(self.tally)
 
     def _recall(self, folder: Path) -> None:
         """Count what an earlier process wrote."""
@@ -142,6 +145,8 @@ class Recorder:
             self._metrics.write(_json(line) + "\n")
             self._metrics.flush()
             self._events.flush()
+        for watcher in self._watchers:
+            watcher.metrics(line)
 
     @property
     def wall_s(self) -> float:

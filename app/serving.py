@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from fedge import build
+from fedge import build, trackers
 from fedge import experiment as experiments
 from fedge.client.connection import Connection, channel_options
 from fedge.client.data import load
@@ -51,8 +51,8 @@ def coordinate(
     clients = build.expected(experiment) or len(build.shards(experiment, dataset))
     plan = build.federation(experiment, trainer.layout, clients)
     folder.mkdir(parents=True, exist_ok=True)
-    with Recorder(experiment, folder) as recorder:
-        line = Liner(recorder, [recorder, *watchers], trainer.layout.size * np.dtype(np.float32).itemsize)
+    with trackers.opened(experiment, folder) as more, Recorder(experiment, folder, [*more, *watchers]) as recorder:
+        line = Liner(recorder, trainer.layout.size * np.dtype(np.float32).itemsize)
         work = serve(
             plan,
             trainer.initial(),
@@ -70,10 +70,10 @@ def coordinate(
 
 
 class Liner:
-    """Makes the lines of metrics.jsonl out of the records of a coordinator."""
+    """Makes the lines of metrics.jsonl out of the records of a coordinator, and has both taken down."""
 
-    def __init__(self, recorder: Recorder, watchers: Sequence[Watcher], model_bytes: int) -> None:
-        self._recorder, self._watchers, self._model_bytes = recorder, watchers, model_bytes
+    def __init__(self, recorder: Recorder, model_bytes: int) -> None:
+        self._recorder, self._model_bytes = recorder, model_bytes
         self._meter = Meter()
         self._meter.bytes_up = recorder.tally.bytes_up
         self._meter.bytes_down = recorder.tally.counts["dispatched"] * model_bytes
@@ -83,13 +83,10 @@ class Liner:
         self._meter.record(record)
         if record.kind == "dispatched":
             self._meter.bytes_down += self._model_bytes
-        for watcher in self._watchers:
-            watcher.record(record)
+        self._recorder.record(record)
         if record.kind == "evaluated":
             known = {"t": record.t, "wall_s": self._recorder.wall_s, "updates": self._recorder.tally.updates}
-            line = {**known, **record.values, **self._meter.take()}
-            for watcher in self._watchers:
-                watcher.metrics(line)
+            self._recorder.metrics({**known, **record.values, **self._meter.take()})
 
 
 def participate(

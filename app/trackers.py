@@ -11,7 +11,7 @@ from typing import Any
 from fedge.core.errors import ExperimentError
 from fedge.experiment import Experiment
 from fedge.runs import Watcher
-from fedge.server.machine.events import Record
+from fedge.tally import Tally
 
 
 class TensorBoard:
@@ -26,8 +26,8 @@ class TensorBoard:
             ) from None
         self._writer = Writer(str(folder / "tensorboard"))
 
-    def record(self, record: Record) -> None:
-        """Records are no scalars."""
+    def begin(self, tally: Tally) -> None:
+        """Nothing to do: the files go on by themselves."""
 
     def metrics(self, line: Mapping[str, Any]) -> None:
         """One point in each curve."""

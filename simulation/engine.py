@@ -41,7 +41,7 @@ from fedge.simulation.speeds import StepTimes
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run came to: `vector` float32 [d] and its SHA-256 in `hash`; `now` in virtual, `wall_s` in real seconds."""
+    """What a run came to: `vector` float32 [d] and its SHA-256 `hash`; `now` in virtual and `wall_s` in real seconds."""
 
     vector: Vector
     version: int

@@ -5,6 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
+
 from fedge.client import models
 from fedge.client.data import load
 from fedge.client.torch_trainer import TorchTrainer
@@ -15,8 +18,6 @@ from fedge.strategies.contracts import Arrival, Group
 from fedge.strategies.hooks import HOOKS
 from fedge.strategies.hooks.moon import representation
 from fedge.strategies.optimizers import OPTIMIZERS
-from torch import nn
-from torch.nn import functional
 
 RATE, STEPS, SIZE = 0.05, 12, 3
 KINDS = sorted(HOOKS.entries)

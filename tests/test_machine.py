@@ -1,4 +1,4 @@
-"""The machine as its shells meet it: what counts, what is refused, who is evicted; and that a snapshot is everything."""
+"""The machine as its shells meet it: what counts, what is refused, who is evicted; that a snapshot is everything."""
 
 from dataclasses import replace
 

@@ -3,12 +3,13 @@
 import tracemalloc
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fedge.core import state as plain
 from fedge.strategies.aggregators import AGGREGATORS
 from fedge.strategies.aggregators.mean import Mean, MeanState
 from fedge.strategies.blocks import BLOCK
-from hypothesis import given
-from hypothesis import strategies as st
 
 WEIGHTS = st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=8)
 

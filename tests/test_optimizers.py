@@ -5,14 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fedge.core import state as plain
 from fedge.core.errors import ExperimentError, StrategyError
 from fedge.strategies.blocks import BLOCK
 from fedge.strategies.contracts import Arrival, Group
 from fedge.strategies.optimizers import OPTIMIZERS
 from fedge.strategies.weighers.fednova import FedNova as NovaWeigher
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SIZE = 6
 KINDS = sorted(OPTIMIZERS.entries)

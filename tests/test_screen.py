@@ -4,13 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
 from fedge.core.errors import BadExamples, BadReport, NormTooLarge, NotFinite, WrongManifest
 from fedge.core.limits import Limits
 from fedge.core.task import Update
 from fedge.strategies.screen import screen
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
 SIZE = 8
 HONEST = Update("c", "t", 0, 5, 100, {"delta": np.ones(SIZE, np.float32)}, {"compute_s": 0.5}, {"loss": 1.0})

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
+
 from fedge.client import models
 from fedge.client.data import load
 from fedge.client.torch_trainer import TorchTrainer
 from fedge.core import random
 from fedge.core.errors import DataError, ExperimentError, ModelError, TrainerError
 from fedge.core.task import Broadcast, Task
-from torch import nn
-from torch.nn import functional
 
 SHARD = np.arange(50, 150)
 

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fedge.core.errors import ExperimentError
 from fedge.strategies.contracts import Arrival
 from fedge.strategies.weighers import STALENESS, WEIGHERS
 from fedge.strategies.weighers.fednova import local_work
-from hypothesis import given
-from hypothesis import strategies as st
 
 DISCOUNTS = [
     {"kind": "constant"},

@@ -63,7 +63,7 @@ class Iid:
     def __post_init__(self) -> None:
         _whole("clients", self.clients, 1)
 
-    def split(self, labels: Labels, columns: Mapping[str, Array], seed: int) -> list[Shard]:  # noqa: ARG002
+    def split(self, labels: Labels, columns: Mapping[str, Array], seed: int) -> list[Shard]:
         """All examples, each in one shard."""
         _enough(labels, self.clients, 1)
         order = generator(seed, "partition").permutation(len(labels))
@@ -87,7 +87,7 @@ class ByClass:
         _whole("min_classes", self.min_classes, 1)
         _whole("max_classes", self.max_classes, self.min_classes)
 
-    def split(self, labels: Labels, columns: Mapping[str, Array], seed: int) -> list[Shard]:  # noqa: ARG002
+    def split(self, labels: Labels, columns: Mapping[str, Array], seed: int) -> list[Shard]:
         """All examples, each in one shard."""
         return _deal(labels, self.clients, 1, seed, self._shares)
 
@@ -139,7 +139,7 @@ class Dirichlet:
         _positive("alpha", self.alpha)
         _whole("min_examples", self.min_examples, 1)
 
-    def split(self, labels: Labels, columns: Mapping[str, Array], seed: int) -> list[Shard]:  # noqa: ARG002
+    def split(self, labels: Labels, columns: Mapping[str, Array], seed: int) -> list[Shard]:
         """All examples, each in one shard."""
         return _deal(labels, self.clients, self.min_examples, seed, self._shares)
 
@@ -172,7 +172,7 @@ class DualDirichlet:
         _positive("alpha2", self.alpha2)
         _whole("min_examples", self.min_examples, 1)
 
-    def split(self, labels: Labels, columns: Mapping[str, Array], seed: int) -> list[Shard]:  # noqa: ARG002
+    def split(self, labels: Labels, columns: Mapping[str, Array], seed: int) -> list[Shard]:
         """All examples, each in one shard."""
         return _deal(labels, self.clients, self.min_examples, seed, self._shares)
 
@@ -197,7 +197,7 @@ class Natural:
     def __post_init__(self) -> None:
         _whole("clients", self.clients, 0)
 
-    def split(self, labels: Labels, columns: Mapping[str, Array], seed: int) -> list[Shard]:  # noqa: ARG002
+    def split(self, labels: Labels, columns: Mapping[str, Array], seed: int) -> list[Shard]:
         """All examples of the values that are clients, each in one shard; `seed` plays no part."""
         if self.column not in columns:
             hint = nearest(self.column, columns) if columns else "it has none."

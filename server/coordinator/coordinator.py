@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+
 from fedge.core.errors import FedgeError, JournalError, NotJoined, RefusedClient
 from fedge.core.params import Vector
 from fedge.server.coordinator.clock import Clock

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+
 from fedge.core.errors import JournalError
 from fedge.core.task import Update
 from fedge.protos import fedge_pb2 as pb

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+
 from fedge.core.errors import JournalError
 from fedge.server.coordinator.facts import Stored, at
 from fedge.server.coordinator.journal import Row, Snapshot, connect, rows, snapshot

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import grpc
+
 from fedge.core.errors import AddressError
 from fedge.core.limits import Limits
 from fedge.core.params import Vector

@@ -1,0 +1,333 @@
+"""The command line and the public functions: real runs on real data, and every refusal in one line."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fedge
+from fedge import experiment as experiments
+from fedge import serving
+from fedge.core.errors import ExperimentError
+
+with warnings.catch_warnings():  # typer still imports what click has deprecated
+    warnings.filterwarnings("ignore", ".*Click 9", DeprecationWarning)
+    from fedge import cli
+
+SMALL = """
+[experiment]
+name = "small"
+evaluate_updates = 2
+stop = { updates = 4 }
+[data]
+partition = { kind = "iid", clients = 2 }
+[server]
+scheduler = { kind = "fedavg", steps = 3 }
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return path
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
+    code = cli._outcome([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+# ---- runs --------------------------------------------------------------------------------------
+
+
+def test_run_writes_a_folder_and_says_where(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "run", small, "--out", "here")
+    assert code == 0
+    assert out.splitlines()[-1] == "here/report.html"
+    assert "4 updates" in out
+    assert err.count("accuracy") == 3  # at the start and after each round, as lines where there is no terminal
+    names = {path.name for path in Path("here").iterdir()}
+    assert {
+        "experiment.toml",
+        "events.jsonl",
+        "metrics.jsonl",
+        "model.safetensors",
+        "summary.json",
+        "report.html",
+    } <= names
+    run = fedge.load_run("here")
+    assert run.experiment == fedge.load_experiment(small)
+    assert run.summary["updates"] == 4
+    assert np.sum(run.summary["partition"]["counts"]) == 8000
+    assert run.metrics["accuracy"][-1] > run.metrics["accuracy"][0]
+    assert sum(array.size for array in run.model.values()) == run.summary["parameters"]
+
+
+def test_run_as_json_is_one_object_and_nothing_else(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "run", small, "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert Path(found["folder"]).parent == Path("runs")
+    assert found["updates"] == 4
+
+
+def test_quiet_is_quiet(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "run", small, "--quiet", "--out", "q")[2] == ""
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(small: Path) -> None:
+    first, again = fedge.simulate(small), fedge.simulate(small)
+    other = fedge.simulate(experiments.load(small, ["experiment.seed=1"]))
+    assert first.summary["model_sha256"] == again.summary["model_sha256"] != other.summary["model_sha256"]
+    assert first.folder is None
+
+
+def test_a_run_is_repeated_from_its_own_folder(small: Path) -> None:
+    first = fedge.simulate(small, "first")
+    again = fedge.simulate("first/experiment.toml", "again")
+    assert first.summary["model_sha256"] == again.summary["model_sha256"]
+    assert Path("first/events.jsonl").read_bytes() == Path("again/events.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_processes_change_nothing_but_where(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [json.loads(call(capsys, "run", small, "--json", "--processes", str(many))[1]) for many in (0, 2)]
+    assert found[0]["model_sha256"] == found[1]["model_sha256"]
+
+
+def test_run_never_overwrites(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    Path("out/mine").write_text("keep")
+    code, out, err = call(capsys, "run", small, "--out", "out")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("error: 'out' already holds something")
+    assert [path.name for path in Path("out").iterdir()] == ["mine"]
+
+
+def test_tensorboard_is_written_where_asked_for(small: Path) -> None:
+    run = fedge.simulate(experiments.load(small, ["report.to=['files', 'tensorboard']"]), "tb")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator("tb/tensorboard")
+    events.Reload()
+    assert run.folder is not None
+    assert [point.step for point in events.Tensors("accuracy")] == list(run.metrics["updates"])
+
+
+def test_report_and_compare(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["experiment.stop.target=0.2", "experiment.evaluate_updates=1"]
+    for kind in ("fedavg", "fedasync"):
+        fedge.simulate(experiments.load(small, [*settings, f"server.scheduler.kind={kind}"]), kind)
+    assert call(capsys, "report", "fedavg")[:2] == (0, "fedavg/report.html\n")
+    code, out, _ = call(capsys, "compare", "fedavg", "fedasync", "--json")
+    found = json.loads(out)
+    assert (code, found["target"]) == (0, 0.2)
+    assert [row["scheduler"] for row in found["rows"]] == ["fedavg", "fedasync"]
+    assert Path(found["page"]).is_file()
+    code, out, _ = call(capsys, "compare", "fedavg", "fedasync", "--target", "0.1")
+    assert code == 0
+    assert "time to target" in out
+
+
+@pytest.mark.slow
+def test_code_beside_the_experiment_is_found(small: Path) -> None:
+    Path("mine.py").write_text("from fedge.client.models import linear\ndef model():\n    return linear()\n")
+    words = ["run", str(small), "--set", "model.factory=mine:model", "--json", "--processes", "2"]
+    script = Path(sys.executable).with_name("fedge")
+    done = subprocess.run([script, *words], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["parameters"] == 7850
+
+
+# ---- starting out ------------------------------------------------------------------------------
+
+
+def test_init_writes_an_experiment_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "init", tmp_path / "new")
+    assert code == 0
+    assert str(tmp_path / "new" / "experiment.toml") in out
+    assert fedge.load_experiment(tmp_path / "new" / "experiment.toml").experiment.name == "starter"
+    code, _, err = call(capsys, "init", tmp_path / "new")
+    assert code == 2
+    assert "is there already" in err
+
+
+def test_help_is_cheap() -> None:
+    code = "import sys, fedge.cli; print({'numpy', 'torch', 'msgspec', 'grpc', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "reason"),
+    [
+        (["run", "none.toml"], 2, "BAD_EXPERIMENT"),
+        (["run", "small.toml", "--set", "client.bach_size=3"], 2, "BAD_EXPERIMENT"),
+        (["run", "small.toml", "--set", "client.optimizer.kind=sdg"], 2, "BAD_EXPERIMENT"),
+        (["run", "small.toml", "--set", "data.dataset=none.npz"], 3, "BAD_DATA"),
+        (["run", "small.toml", "--set", "data.partition.clients=100000"], 3, "BAD_DATA"),
+        (["run", "small.toml", "--set", "model.factory=builtins:dict"], 4, "BAD_MODEL"),
+        (["run", "small.toml", "--set", "client.trainer=builtins:len"], 5, "TRAINER_FAILED"),
+        (["run", "small.toml", "--bogus"], 2, "USAGE"),
+        (["run"], 2, "USAGE"),
+        (["runn"], 2, "USAGE"),
+        (["report", "nowhere"], 2, "BAD_EXPERIMENT"),
+        (["compare", "nowhere"], 2, "BAD_EXPERIMENT"),
+        (["serve", "small.toml", "--listen", "0.0.0.0:0"], 6, "ADDRESS"),
+        (["serve", "small.toml", "--listen", "nonsense"], 6, "ADDRESS"),
+        (["status", "127.0.0.1:1"], 6, "ADDRESS"),
+        (["join", "nonsense"], 6, "ADDRESS"),
+        (["join", "127.0.0.1:1", "small.toml", "--shard", "7"], 2, "BAD_EXPERIMENT"),
+        (["join", "127.0.0.1:1", "--set", "client.batch_size=1"], 2, "BAD_EXPERIMENT"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+@pytest.mark.usefixtures("small")
+def test_an_error_is_one_line_or_one_object(
+    words: list[str], code: int, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, out, err = call(capsys, *words)
+    lines = [line for line in err.splitlines() if not line.startswith("time ")]
+    assert (found, out, len(lines)) == (code, "", 1)
+    assert lines[0].startswith("error: ")
+    found, out, err = call(capsys, *words, "--json")
+    error: dict[str, Any] = json.loads(out)["error"]
+    assert (found, err) == (code, "")
+    assert (error["reason"], error["exit_code"]) == (reason, code)
+    assert error["help"] == f"docs/errors.md#{reason.lower()}"
+    page = Path(__file__).parents[1] / "docs" / "errors.md"
+    assert f"\n### {reason}\n" in page.read_text("utf-8")
+
+
+def wait_for(path: Path, text: str, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if path.exists() and text in path.read_text("utf-8"):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"{path} never held {text!r}")
+
+
+@pytest.mark.slow
+def test_ctrl_c_exits_130_and_leaves_what_there_is(small: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "fedge",
+        "run",
+        str(small),
+        "--out",
+        "cut",
+        "--set",
+        "experiment.stop.updates=1000000",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(Path("cut/metrics.jsonl"), '"updates":4')
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "error: interrupted"
+    run = fedge.load_run("cut")
+    assert run.summary["finished"] == "interrupted"
+    assert run.summary["updates"] >= 4
+
+
+# ---- coordinator and devices -------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_serve_join_and_status_over_a_socket(small: Path) -> None:
+    fedge_ = [sys.executable, "-m", "fedge"]
+    with Path("served.err").open("w") as log:
+        serve = subprocess.Popen(
+            [*fedge_, "serve", str(small), "--listen", "127.0.0.1:0", "--json", "--set", "experiment.stop.updates=6"],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    try:
+        wait_for(Path("served.err"), "listening on")
+        address = Path("served.err").read_text().split("listening on ")[1].split(";")[0]
+        status = subprocess.run([*fedge_, "status", address, "--json"], capture_output=True, text=True, check=True)
+        assert json.loads(status.stdout)["updates"] == 0
+        joins = [
+            subprocess.Popen(
+                [*fedge_, "join", address, "--shard", str(shard), "--json"], stdout=subprocess.PIPE, text=True
+            )
+            for shard in (0, 1)
+        ]
+        told = [json.loads(join.communicate(timeout=90)[0]) for join in joins]
+        out, _ = serve.communicate(timeout=60)
+    finally:
+        serve.kill()
+    served = json.loads(out)
+    assert (serve.returncode, served["updates"]) == (0, 6)
+    assert [one["updates"] for one in told] == [3, 3]
+    assert set(served["updates_by_client"]) == {"client-000", "client-001"}
+    run = fedge.load_run("runs/small")
+    assert run.metrics["accuracy"][-1] > run.metrics["accuracy"][0]
+    assert served["bytes_up"] == 6 * 4 * served["parameters"]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data.dataset=/etc",
+        "data.dataset=hf:mnist",
+        "data.dataset=os:getcwd",
+        "data.dataset={ kind = 'fashion-mnist', more = 1 }",
+        "model.factory=os:getcwd",
+        "model.factory=fedge.cli:main",
+        "client.trainer=os:getcwd",
+        "client.hooks=[{ kind = 'os:getcwd' }]",
+        "client.optimizer.kind=os:getcwd",
+        "data.partition.kind=os:getcwd",
+        "server.scheduler.kind=os:getcwd",
+    ],
+)
+def test_code_and_files_are_never_chosen_by_the_wire(setting: str) -> None:
+    with pytest.raises(ExperimentError, match="coordinator may"):
+        serving.check_offered(experiments.parse("", [setting]))
+
+
+def test_an_experiment_of_built_in_parts_may_be_offered() -> None:
+    for text in ("", SMALL, "[model]\nfactory = 'fedge.client.models:cnn'\n[deploy]\nlisten = 'host:1'"):
+        serving.check_offered(experiments.parse(text))
+
+
+# ---- aggregate ---------------------------------------------------------------------------------
+
+
+def test_aggregate_is_any_rule_on_any_rows() -> None:
+    np.testing.assert_allclose(fedge.aggregate([[1, 2], [3, 6]]), [2, 4])
+    np.testing.assert_allclose(fedge.aggregate(np.array([[1, 2], [3, 6]]), weights=[3, 1]), [1.5, 3])
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "sentence"),
+    [
+        ([1.0, 2.0], {}, "rows has shape"),
+        ([], {}, "rows has shape"),
+        ([["a"]], {}, "rows must be numbers"),
+        ([[float("nan")]], {}, "NaN"),
+        ([[1.0]], {"weights": [1, 2]}, "weights must be 1 numbers"),
+        ([[1.0]], {"weights": [-1]}, "weights must be 1 numbers"),
+        ([[1.0]], {"kind": "meen"}, "did you mean 'mean'"),
+        ([[1.0]], {"f": 1}, "has no such setting"),
+    ],
+)
+def test_aggregate_refuses_what_does_not_fit(rows: Any, settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ExperimentError, match=sentence):
+        fedge.aggregate(rows, **settings)

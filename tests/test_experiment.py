@@ -1,0 +1,237 @@
+"""The experiment file: what is read, what is refused with which sentence, and that writing it back loses nothing."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedge import build, toml
+from fedge import experiment as experiments
+from fedge.core.errors import ExperimentError
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(text: str = "", *overrides: str) -> experiments.Experiment:
+    return build.settled(experiments.parse(text, overrides))
+
+
+def refusal(text: str = "", *overrides: str) -> str:
+    with pytest.raises(ExperimentError) as caught:
+        read(text, *overrides)
+    return str(caught.value)
+
+
+# ---- reading and writing -----------------------------------------------------------------------
+
+
+def test_an_empty_file_is_an_experiment() -> None:
+    found = read()
+    assert found.data.dataset == "fashion-mnist"
+    assert found.data.partition["clients"] == 10
+    assert found.server.scheduler["kind"] == "compass"
+    assert found.server.optimizer == {"kind": "sgd", "rate": 1.0}
+    assert found.experiment.stop.updates == experiments.UPDATES_IF_ENDLESS
+
+
+@pytest.mark.parametrize("path", [ROOT / "app" / "starter.toml", *sorted((ROOT / "examples").glob("*.toml"))], ids=str)
+def test_the_files_we_ship_are_experiments(path: Path) -> None:
+    found = build.load_experiment(path)
+    assert read(experiments.resolved(found)) == found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["server.scheduler.kind=fedavg", "server.selector={ kind = 'uniform', clients = 3 }"],
+        ["client.hooks=[{ kind = 'scaffold' }]"],
+        ["client.hooks=[{ kind = 'feddyn' }]"],
+        ["server.scheduler.kind=fedat", "server.scheduler.tiers=4"],
+        ["server.weigher.kind=fednova"],
+        ["server.optimizer.kind=fednova"],
+        ["data.partition.kind=class", "experiment.stop.target=0.5"],
+        ["data.dataset={ kind = 'hf:mnist', split = 'a' }", "report.to=['files', 'tensorboard']"],
+        ["simulation.network={ bandwidth_bps = 1e6, up_s = 60, down_s = 5 }"],
+    ],
+    ids=str,
+)
+def test_resolved_text_reads_back_equal_and_settles_to_itself(overrides: list[str]) -> None:
+    found = read("", *overrides)
+    text = experiments.resolved(found)
+    assert experiments.parse(text) == found == read(text)
+
+
+def test_resolved_text_names_every_key_that_has_a_value() -> None:
+    data = tomllib.loads(experiments.resolved(read()))
+    for path, default in experiments.keys().items():
+        value: Any = data
+        for word in path.split("."):
+            value = value.get(word, {}) if default is None else value[word]
+
+
+def test_the_halves_of_an_algorithm_bring_each_other() -> None:
+    assert read("", "client.hooks=[{ kind = 'scaffold' }]").server.optimizer == {"kind": "scaffold", "rate": 1.0}
+    assert read("", "client.hooks=[{ kind = 'scaffold' }]").server.weigher == {"kind": "equal"}
+    assert read("", "server.scheduler={ kind = 'fedat', tiers = 4 }").server.optimizer == {"kind": "fedat", "tiers": 4}
+    nova = read("", "server.weigher={ kind = 'fednova', momentum = 0.5 }").server.optimizer
+    assert nova is not None
+    assert (nova["kind"], nova["momentum"]) == ("fednova", 0.5)
+
+
+def test_another_kind_starts_from_its_own_settings_but_keeps_the_clients() -> None:
+    text = """
+    [data]
+    partition = { kind = "class", clients = 7, max_classes = 4 }
+    [server]
+    scheduler = { kind = "compass", alpha = 0.5 }
+    """
+    found = read(text, "server.scheduler.kind=fedbuff", "data.partition.kind=iid")
+    assert found.data.partition == {"kind": "iid", "clients": 7}
+    assert "alpha" not in found.server.scheduler
+    assert read(text, "server.scheduler.kind=compass").server.scheduler["alpha"] == 0.5
+
+
+def test_overrides_are_toml_or_text() -> None:
+    found = read("", "experiment.seed=3", "experiment.name = plain", "experiment.stop.target=0.5", "client.hooks=[]")
+    assert (found.experiment.seed, found.experiment.name, found.experiment.stop.target) == (3, "plain", 0.5)
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[client]\nbach_size = 3", "[client] has no key 'bach_size'; did you mean 'batch_size'?"),
+        ("[clinet]", "The experiment file has no section 'clinet'; did you mean 'client'?"),
+        ("[experiment.stop]\nupdate = 3", "[experiment.stop] has no key 'update'; did you mean 'updates'?"),
+        ("[deploy.limits]\nlease = 3", "[deploy.limits] has no key 'lease'; did you mean 'lease_s'?"),
+        ("[client]\nbatch_size = 'x'", "[client] batch_size: expected `int`, got `str`."),
+        ("[client]\nbatch_size = 0", "[client] batch_size: expected `int` >= 1."),
+        ("client = 3", "[client]: expected a table, got `int`."),
+        ("[experiment]\nstop = { target = 1.5 }", "[experiment] stop.target: expected `float` <= 1.0."),
+        ("[experiment]\nstop = { target = 0 }", "[experiment] stop.target: expected `float` > 0.0."),
+        ("[experiment]\nstop = { seconds = -1 }", "[experiment] stop.seconds: expected `float` > 0.0."),
+        ("[experiment]\nname = '../up'", "[experiment] name: "),
+        ("[simulation]\njitter = nan", "[simulation] jitter must be finite, not nan."),
+        ("[simulation]\nnetwork = { up_s = 3 }", "outages need both up_s and down_s"),
+        ("[deploy]\nlimits = { lease_s = 0 }", "[deploy] limits.lease_s is 0.0; a limit must be above 0."),
+        ("[report]\nto = ['tensorbord']", "[report] to: no tracker 'tensorbord'; did you mean 'tensorboard'?"),
+        ("[server]\nscheduler = 'compass'", "[server] scheduler: expected a table, got `str`."),
+        ("[server]\nscheduler = { kind = 'compas' }", "no kind 'compas'; did you mean 'compass'?"),
+        (
+            "[server]\nscheduler = { kind = 'compass', alhpa = 1 }",
+            "'compass' has no such setting; did you mean 'alpha'?",
+        ),
+        ("[client]\nhooks = [{ kind = 'fedprocs' }]", "no kind 'fedprocs'; did you mean 'fedprox'?"),
+        ("[client]\nhooks = [{ kind = 'fedprox', mu = -1 }]", "mu"),
+        ("[server]\nscheduler = { alpha = 1 }", "needs kind = one of"),
+        ("[data]\npartition = { kind = 'iid', clients = 0 }", "must be at least 1"),
+        ("this is not toml", "The experiment file is not TOML: "),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(text: str, sentence: str) -> None:
+    said = refusal(text)
+    assert sentence in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["client.hooks=[{ kind = 'scaffold' }]", "server.optimizer.kind=sgd"],
+            "needs the server.optimizer 'scaffold'",
+        ),
+        (["client.hooks=[{ kind = 'feddyn' }]", "server.optimizer.kind=adam"], "needs the server.optimizer 'feddyn'"),
+        (["server.optimizer.kind=scaffold"], "needs the hook 'scaffold' in client.hooks"),
+        (["server.weigher.kind=fednova", "server.optimizer.kind=sgd"], "FedNova needs both"),
+        (["server.weigher.kind=equal", "server.optimizer.kind=fednova"], "FedNova needs both"),
+        (["server.scheduler.kind=fedat", "server.optimizer.kind=sgd"], "FedAT needs both"),
+        (["server.optimizer.kind=fedat"], "FedAT needs both"),
+        (
+            ["server.scheduler.kind=fedat", "server.optimizer={ kind = 'fedat', tiers = 2 }"],
+            "server.optimizer.tiers is 2",
+        ),
+        (["server.selector.kind=all"], "the scheduler 'compass' has no rounds"),
+        (
+            ["server.scheduler={ kind = 'fedavg', min_clients = 11 }"],
+            "server.scheduler.min_clients is 11, and there are 10",
+        ),
+        (["server.scheduler={ kind = 'tifl', tiers = 11 }"], "server.scheduler.tiers is 11"),
+        (
+            ["server.aggregator={ kind = 'fedge_needs_rows:Rule' }"],
+            "needs 12 updates at once, and there are 10 clients",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_with_the_reason(
+    overrides: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "fedge_needs_rows.py").write_text(
+        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Rule:\n    def min_rows(self): return 12\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert sentence in refusal("", *overrides)
+
+
+@pytest.mark.parametrize("override", ["seed=3", "experiment.seed", "=3", "experiment.name.x=3", ".a=3"])
+def test_a_malformed_override_is_refused(override: str) -> None:
+    assert "--set" in refusal("[experiment]\nname = 'a'", override)
+
+
+def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="fedge init"):
+        build.load_experiment(tmp_path / "none.toml")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "e.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ExperimentError, match="Cannot read"):
+        build.load_experiment(tmp_path / "e.toml")
+
+
+# ---- the emitter -------------------------------------------------------------------------------
+
+SCALARS = (
+    st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8"))
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.text(st.characters(codec="utf-8")), VALUES, max_size=5))
+def test_law_toml_reads_back_what_was_written(data: dict[str, Any]) -> None:
+    assert tomllib.loads(toml.dumps(data)) == data
+
+
+def test_what_has_no_place_in_toml_is_refused() -> None:
+    with pytest.raises(ExperimentError, match="has no place"):
+        toml.dumps({"a": object()})
+
+
+# ---- the page ----------------------------------------------------------------------------------
+
+
+def test_the_page_lists_every_key_with_its_default() -> None:
+    page = (ROOT / "docs" / "experiment.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| `([a-z_.]+)` \| (.+?) \|", page, re.MULTILINE))
+    assert rows == {path: _shown(default) for path, default in experiments.keys().items()}
+
+
+def _shown(default: Any) -> str:
+    return "none" if default is None else f"`{toml._value(default)}`"
