@@ -26,6 +26,10 @@ from fedge.strategies.schedulers import SCHEDULERS
 from fedge.strategies.selectors import SELECTORS
 from fedge.strategies.weighers import STALENESS, WEIGHERS
 
+# What goes with a scheduler where the file says nothing. FedCompass is best without a discount and with momentum
+# (docs/schedulers.md has the figures); rounds know no staleness; the others are as published.
+STALENESS_FOR = {"fedasync": "polynomial", "fedbuff": "polynomial"}
+COMPASS_MOMENTUM = 0.6
 HALVES = ("scaffold", "feddyn")  # algorithms with a hook on the client and an optimizer on the server
 
 
@@ -44,7 +48,8 @@ def settled(experiment: Experiment) -> Experiment:
         partition.setdefault("clients", 10)
     hooks = [hook.get("kind") for hook in data["client"]["hooks"]]
     server.setdefault("optimizer", _optimizer_for(server, hooks))
-    server.setdefault("weigher", {"kind": _weigher_for(server["optimizer"].get("kind"))})
+    server.setdefault("weigher", {"kind": _weigher_for(server)})
+    server.setdefault("staleness", {"kind": STALENESS_FOR.get(_kind(server["scheduler"]), "constant")})
     data["data"]["partition"] = complete(PARTITIONS, partition)
     for slot, table in _SERVER_SLOTS.items():
         if slot in server:
@@ -87,11 +92,16 @@ def _optimizer_for(server: Mapping[str, Any], hooks: Sequence[Any]) -> Component
     weigher = server.get("weigher", {})
     if weigher.get("kind") == "fednova":
         return {"kind": "fednova", "momentum": WEIGHERS.build(weigher).momentum}
+    if scheduler.get("kind") == "compass":
+        return {"kind": "momentum", "beta": COMPASS_MOMENTUM}
     return {"kind": "sgd"}
 
 
-def _weigher_for(optimizer: Any) -> str:
-    return {"scaffold": "equal", "feddyn": "equal", "fednova": "fednova"}.get(optimizer, "examples")
+def _weigher_for(server: Mapping[str, Any]) -> str:
+    if server["optimizer"].get("kind") == "fednova":
+        return "fednova"
+    alike = server["optimizer"].get("kind") in HALVES or server["scheduler"].get("kind") == "compass"
+    return "equal" if alike else "examples"
 
 
 # ---- what cannot work --------------------------------------------------------------------------
@@ -187,7 +197,7 @@ def federation(experiment: Experiment, layout: Layout, clients: int) -> Federati
         layout=layout,
         scheduler=scheduler(experiment),
         share=WEIGHERS.build(server.weigher or {"kind": "examples"}),
-        staleness=STALENESS.build(server.staleness),
+        staleness=STALENESS.build(server.staleness or {"kind": "constant"}),
         aggregator=aggregator(experiment),
         optimizer=optimizer,
         expected=clients,

@@ -85,7 +85,7 @@ class Server(Struct, frozen=True, kw_only=True):
     scheduler: Component = component("compass")  # who trains, for how many steps, and what is aggregated together
     selector: Component | None = None  # who takes part in a round; only for schedulers that have rounds
     weigher: Component | None = None  # the share of an update in its group; left out: what fits the optimizer
-    staleness: Component = component("polynomial")  # the discount on an old update
+    staleness: Component | None = None  # the discount on an old update; left out: what fits the scheduler
     aggregator: Component = component("mean")  # a group's rows to one vector
     optimizer: Component | None = None  # applies the aggregate; left out: what hooks, weigher and scheduler need
 

@@ -10,7 +10,7 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -218,7 +218,7 @@ class Simulation:
     def _deliver(self, due: Delivery, now: float) -> Event:
         """The update, or the trainer's failure, at the time it is due."""
         try:
-            return Arrived(now, replace(self._train(due), timings=due.timings))
+            return Arrived(now, _timed(self._train(due), due.timings))
         except TrainerError as error:
             return Failed(now, due.task.client, due.task.id, str(error))
 
@@ -227,6 +227,12 @@ class Simulation:
             return self._pool.result(due.index, due.task)
         shard, held = self._shards[due.index], self._state[due.index]
         return self._trainer.train(due.task, due.broadcast, shard, held, self._delta)
+
+
+def _timed(update: Update, timings: Mapping[str, float]) -> Update:
+    """`update` with the virtual timings. Spelled out: dataclasses.replace costs a tenth of a whole client-round."""
+    one = update
+    return Update(one.client, one.task_id, one.base_version, one.steps, one.examples, one.blobs, timings, one.metrics)
 
 
 class Meter:

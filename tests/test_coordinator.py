@@ -420,7 +420,7 @@ def test_a_restart_goes_on_where_it_stopped(tmp_path: Path) -> None:
             await one.upload(held)
             other = await two.task()
             _, before = await one.download(1)
-            clock = made.coordinator.running_s
+            clock = lines[-1].t
         known = len(lines)
         async with room(tmp_path, plan(), lines, recorded=known) as made:
             assert len(lines) == known

@@ -34,7 +34,8 @@ def test_an_empty_file_is_an_experiment() -> None:
     assert found.data.dataset == "fashion-mnist"
     assert found.data.partition["clients"] == 10
     assert found.server.scheduler["kind"] == "compass"
-    assert found.server.optimizer == {"kind": "sgd", "rate": 1.0}
+    assert found.server.optimizer == {"kind": "momentum", "rate": 1.0, "beta": 0.6}
+    assert found.server.staleness == {"kind": "constant"}
     assert found.experiment.stop.updates == experiments.UPDATES_IF_ENDLESS
 
 

@@ -113,6 +113,7 @@ class Coordinator:
             if record.state not in ("absent", "evicted") and client in incarnations:
                 self.sessions.admit(client, incarnations[client])
         self.finished = machine.finished
+        self._recorded = self._run.shell.records
         self._wake_s = min(self._run.shell.wakes, default=None)
         if self._run.shell.evaluated < machine.broadcast.version:
             self._unmeasured.set()
@@ -133,7 +134,8 @@ class Coordinator:
         """After `run`: a last snapshot, and the state folder is let go. The machine as it ended."""
         self._thread.shutdown(wait=True)
         try:
-            self._save()
+            if self._recorded == self._run.shell.records:  # else the next start gives the rest of the record out
+                with_care(self._save)
         finally:
             self._journal.close()
         return self._run.machine
@@ -210,6 +212,9 @@ class Coordinator:
                 if not future.done():
                     future.set_result(effects)
             self._rewake.set()
+            # Only now: a snapshot says that the record up to it has been given out.
+            published = any(isinstance(effect, Publish) for effects in outcomes for effect in effects)
+            await self._call(lambda: self._save_if_due(published))  # noqa: B023 -- awaited here
 
     def _commit(self, facts: list[Fact]) -> list[list[Effect]]:
         """In the machine's thread: journal, then handle."""
@@ -222,7 +227,6 @@ class Coordinator:
             outcomes.append(effects)
         self._stored += sum(isinstance(fact, Stored) for fact in facts)
         self._wake_s = min(self._run.shell.wakes, default=None)
-        self._save_if_due(any(isinstance(effect, Publish) for effects in outcomes for effect in effects))
         return outcomes
 
     def _publish(self, effects: list[Effect]) -> None:
@@ -264,6 +268,7 @@ class Coordinator:
                 self.sessions.wake()
                 self._unmeasured.set()
             case Record():
+                self._recorded += 1
                 self._watchers.on_record(effect)
             case _:
                 pass  # Ack and Refuse are for who submitted; WakeAt is in the shell's memory

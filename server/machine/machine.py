@@ -51,6 +51,7 @@ from fedge.strategies.contracts import Arrival, Fleet, Group
 from fedge.strategies.screen import screen
 
 HELD = "held"  # the pool of groups too small for the rule
+_VERDICTS = (say.Keep, say.Discard)
 
 
 class Machine:
@@ -350,7 +351,7 @@ class Machine:
             raise
         except Exception as error:  # a plug-in boundary: who, at which stage, with what
             raise StrategyError(f"scheduler {name} raised {error!r} on {type(signal).__name__}") from error
-        verdicts = sum(isinstance(order, say.Keep | say.Discard) for order in orders)
+        verdicts = sum(isinstance(order, _VERDICTS) for order in orders)
         if verdicts != expects_verdict:
             raise StrategyError(f"scheduler {name} gave {verdicts} verdicts on {type(signal).__name__}")
         return orders

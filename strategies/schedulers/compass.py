@@ -62,11 +62,15 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Compass:
-    """Between `min_steps` and `max_steps` local steps per task; `alpha` scales the server's step."""
+    """Between `min_steps` and `max_steps` local steps per task; `alpha` scales the server's step.
+
+    The published form has alpha 0.9, polynomial staleness and plain server steps. docs/schedulers.md shows why an
+    experiment that says nothing else gets alpha 1, no discount and server momentum.
+    """
 
     min_steps: int = 20
     max_steps: int = 100
-    alpha: float = 0.9
+    alpha: float = 1.0
     momentum: float = 0.9
     latest_factor: float = 1.2
 

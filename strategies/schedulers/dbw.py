@@ -6,12 +6,12 @@ Workers for Parallel Machine Learning", 2020).
     T(k) = the k-th smallest predicted duration of the idle fleet
 
 |g|^2 and V (variance between clients) are estimated from the norms of a group's updates and of their mean, with
-g = delta / eta and eta = `rate` * steps; L from the decrease of the loss over the last rounds. Our reading for local
-steps: the paper has one gradient per round, and fits T(k) to a table of arrival times where we keep each client's own.
-Updates of the backup workers (those that come after the k-th) are refused as too stale.
+g = delta / eta and eta = `rate` * steps; L from the decrease of the loss; all averaged over the last rounds. Our reading
+for local steps: the paper has one gradient per round, and fits T(k) to a table of arrival times where we keep each
+client's own. Updates of the backup workers (those that come after the k-th) are refused as too stale.
 """
 
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
@@ -31,7 +31,7 @@ from fedge.strategies.contracts import (
 )
 
 SHORTEST_S = 1e-9  # a duration of zero would be worth infinitely much
-WINDOW = 5  # rounds over which the smoothness L is averaged
+WINDOW = 5  # rounds over which the estimates are averaged
 
 
 @dataclass(slots=True)
@@ -43,7 +43,7 @@ class State:
     arrived: int = 0
     durations: dict[str, float] = field(default_factory=dict)
     loss: float = inf
-    smoothness: list[float] = field(default_factory=list)
+    samples: list[tuple[float, float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,25 +98,31 @@ class DynamicBackupWorkers:
         return [Train(client, self.steps)]
 
     def _learn(self, state: State, members: tuple[Arrival, ...], norm: float, fleet: Fleet) -> None:
-        n, eta = len(members), self.rate * self.steps
-        known = sorted(state.durations[name] for name in fleet.examples if name in state.durations)
-        loss = sum(member.metrics.get("loss_start", 0.0) for member in members) / n
+        loss = sum(member.metrics.get("loss_start", 0.0) for member in members) / len(members)
         before, state.loss = state.loss, loss
-        if n < 2 or not known:
+        times = sorted(state.durations[name] for name in fleet.examples if name in state.durations)
+        if len(members) < 2 or not times:
             state.k = max(state.k, 2)  # a variance needs two
             return
-        variance = max(0.0, sum(member.norm**2 for member in members) - n * norm**2) / (n - 1) / eta**2
-        gradient = max(0.0, norm**2 / eta**2 - variance / n)
-        if before < inf and norm > 0:
-            bound = 2 * (eta * gradient - (before - loss)) / (norm**2)
-            state.smoothness = list(deque([*state.smoothness, max(0.0, bound)], WINDOW))
+        self._sample(state, members, norm, before - loss)
         if loss > 1.01 * before:
-            state.k = min(len(known), state.k + 1)  # the paper's guard: a rising loss wants more clients
+            state.k = min(len(times), state.k + 1)  # the paper's guard: a rising loss wants more clients
             return
-        smooth = sum(state.smoothness) / len(state.smoothness) if state.smoothness else 1 / eta
+        gain = self._gain(state)
+        best = max(range(1, len(times) + 1), key=lambda k: (gain(k) / times[k - 1], k))
+        state.k = best if gain(best) > 0 else len(times)
 
-        def gain(k: int) -> float:
-            return (eta - smooth * eta**2 / 2) * gradient - smooth * eta**2 / 2 * variance / k
+    def _sample(self, state: State, members: tuple[Arrival, ...], norm: float, decrease: float) -> None:
+        """(|g|^2, V, L) of one round, each unbiased, so a single one may be below zero."""
+        n, eta = len(members), self.rate * self.steps
+        variance = (sum(member.norm**2 for member in members) - n * norm**2) / (n - 1) / eta**2
+        gradient = norm**2 / eta**2 - variance / n
+        smoothness = 2 * (eta * gradient - decrease) / norm**2 if norm and decrease < inf else 1 / eta
+        state.samples = [*state.samples, (gradient, variance, smoothness)][-WINDOW:]
 
-        best = max(range(1, len(known) + 1), key=lambda k: (gain(k) / known[k - 1], k))
-        state.k = best if gain(best) > 0 else len(known)
+    def _gain(self, state: State) -> Callable[[int], float]:
+        """G(k), from the means over the last rounds."""
+        eta = self.rate * self.steps
+        gradient, variance, smoothness = (max(0.0, sum(column) / len(column)) for column in zip(*state.samples))
+        curve = smoothness * eta**2 / 2
+        return lambda k: (eta - curve) * gradient - curve * variance / k
