@@ -4,7 +4,7 @@ Each run is a whole federation in virtual time: the perceptron of `perceptron.py
 0.15 s per local step on average with 5 % jitter, equal weights. A cell is the median over the seeds of the virtual time
 at which the test accuracy first reaches the row's target, '-' where most runs miss it within the horizon.
 
-Every scheduler gets the same batch and local rate, and the best of six settings of its own: `--tune` runs all of
+Every scheduler gets the same local steps, batch and rate, and the best of six settings of its own: `--tune` runs all of
 them on other seeds and prints the figures; CHOSEN holds the winners.
 """
 
@@ -56,34 +56,42 @@ class Setting:
         return ", ".join(own + more)
 
 
-def compass(most: int, least: int, alpha: float, staleness: str, momentum: float = 0.0) -> Setting:
-    """FedCompass with `least` to `most` local steps."""
-    scheduler = {"kind": "compass", "max_steps": most, "min_steps": least, "alpha": alpha}
+def compass(alpha: float, momentum: float, staleness: str = "constant", **own: Any) -> Setting:
+    """FedCompass with STEPS / 5 to STEPS local steps."""
+    scheduler = {"kind": "compass", "max_steps": STEPS, "min_steps": STEPS // 5, "alpha": alpha, **own}
     return Setting(scheduler, staleness, momentum)
 
 
-def timed(kind: str, steps: int, staleness: str, **own: Any) -> Setting:
-    """A scheduler whose tasks all have as many local steps."""
-    return Setting({"kind": kind, "steps": steps, **own}, staleness)
+def timed(kind: str, staleness: str = "constant", momentum: float = 0.0, **own: Any) -> Setting:
+    """A scheduler whose tasks all have STEPS local steps."""
+    return Setting({"kind": kind, "steps": STEPS, **own}, staleness, momentum)
 
 
-STEPS = (25, 50)
-DISCOUNTS = (("polynomial", 0.6, 3), ("constant", 0.3, 2), ("constant", 0.6, 3))  # staleness, alpha, buffer
+STEPS = 25
+# Six settings each; server momentum is among them for every scheduler that can have it, as the default has it.
 TRIED: dict[str, list[Setting]] = {
-    "fedavg": [timed("fedavg", steps, "constant") for steps in (15, 25, 35, 50, 75, 100)],
-    "fedasync": [timed("fedasync", steps, how, alpha=alpha) for steps in STEPS for how, alpha, _ in DISCOUNTS],
-    "fedbuff": [timed("fedbuff", steps, how, buffer=buffer) for steps in STEPS for how, _, buffer in DISCOUNTS],
-    "fedat": [timed("fedat", steps, "constant", tiers=tiers) for steps in STEPS for tiers in (2, 3, 4)],
-    "dbw": [timed("dbw", steps, "constant", rate=rate) for steps in STEPS for rate in (0.05, 0.1, 0.2)],
-    # As published: alpha 0.9, each update a share of 1/N, polynomial staleness; the steps are free.
-    BASE: [compass(most, round(most * ratio), 0.9, "polynomial") for most in STEPS for ratio in (0.2, 0.35, 0.5)],
-    DEFAULT: [
-        compass(most, most // 5, alpha, "constant", momentum)
-        for most in STEPS
-        for alpha, momentum in ((1.0, 0.6), (1.0, 0.7), (1.5, 0.5))
+    "fedavg": [timed("fedavg", momentum=beta) for beta in (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)],
+    "fedasync": [
+        *(timed("fedasync", how, alpha=alpha) for how in ("polynomial", "constant") for alpha in (0.3, 0.6)),
+        timed("fedasync", "polynomial", 0.5, alpha=0.3),
+        timed("fedasync", "constant", 0.5, alpha=0.15),
     ],
+    "fedbuff": [
+        *(timed("fedbuff", how, buffer=buffer) for how in ("polynomial", "constant") for buffer in (3, 5)),
+        timed("fedbuff", "polynomial", 0.5, buffer=3),
+        timed("fedbuff", "constant", 0.5, buffer=5),
+    ],
+    "fedat": [timed("fedat", tiers=tiers) for tiers in (2, 3, 4, 5)],  # its own optimizer leaves no place for momentum
+    "dbw": [timed("dbw", momentum=beta, rate=RATE) for beta in (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)],
+    # As published: alpha 0.9, each update a share of 1/N, polynomial staleness, plain steps.
+    BASE: [
+        compass(0.9, 0.0, "polynomial", min_steps=least, latest_factor=latest)
+        for least in (5, 8, 12)
+        for latest in (1.2, 1.5)
+    ],
+    DEFAULT: [compass(*pair) for pair in ((1.0, 0.5), (1.0, 0.6), (1.0, 0.7), (1.5, 0.5), (0.7, 0.7), (0.5, 0.8))],
 }
-CHOSEN = {"fedavg": 1, "fedasync": 2, "fedbuff": 2, "fedat": 1, "dbw": 1, BASE: 0, DEFAULT: 0}
+CHOSEN = {"fedavg": 3, "fedasync": 0, "fedbuff": 0, "fedat": 0, "dbw": 3, BASE: 0, DEFAULT: 1}
 
 
 @dataclass(frozen=True)

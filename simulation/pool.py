@@ -22,9 +22,9 @@ HEADER_BYTES = 8
 
 def send(pipe: IO[bytes], message: Any) -> None:
     """One message: its length, then MessagePack."""
-    data = codec.encode(message)
-    pipe.write(len(data).to_bytes(HEADER_BYTES, "big"))
-    pipe.write(data)
+    parts = codec.encode_parts(message)
+    pipe.write(sum(map(len, parts)).to_bytes(HEADER_BYTES, "big"))
+    pipe.writelines(parts)
     pipe.flush()
 
 

@@ -113,7 +113,7 @@ def test_snapshots_keep_two_and_delete_what_they_cover(tmp_path: Path) -> None:
     for number in range(4):
         fact = stored(journal, f"t{number}", np.full(4, number, np.float32))
         journal.append([(float(number), fact)])
-        journal.save(float(number), number, b"shell", f"state {number}".encode())
+        journal.save(float(number), number, b"shell", [f"state {number}".encode()])
     assert sorted(path.name for path in journal.snapshots.iterdir()) == ["000000000003.state", "000000000004.state"]
     assert [row.seq for row in journal.rows(3)] == [4]
     assert [path.name.partition("-")[2] for path in journal.updates.iterdir()] == ["t3"]
@@ -127,7 +127,7 @@ def test_keep_all_keeps_all(tmp_path: Path) -> None:
     journal = opened(tmp_path, keep_all=True)
     for number in range(4):
         journal.append([(float(number), stored(journal, f"t{number}", np.ones(4, np.float32)))])
-        journal.save(float(number), number, b"", b"state")
+        journal.save(float(number), number, b"", [b"state"])
     assert len(list(journal.rows(0))) == 4
     assert len(list(journal.updates.iterdir())) == 4
     assert len(list(journal.snapshots.iterdir())) == 4
@@ -138,7 +138,7 @@ def test_a_torn_snapshot_gives_way_to_the_one_before(tmp_path: Path) -> None:
     journal = opened(tmp_path)
     for number in range(2):
         journal.append([(0.0, Ticked(0.0))])
-        journal.save(0.0, number, b"", f"state {number}".encode())
+        journal.save(0.0, number, b"", [f"state {number}".encode()])
     (journal.snapshots / "000000000002.state").write_bytes(b"stat")
     found = journal.newest()
     assert found is not None

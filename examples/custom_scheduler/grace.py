@@ -1,7 +1,7 @@
-"""A scheduler of one's own: aggregate a fixed time after the first arrival, so that whoever is nearly done still counts.
+"""A scheduler of one's own: aggregate a fixed time after the first arrival, so that who is nearly done still counts.
 
-The grace period of Liu et al., "Asynchronous Local-SGD Training for Language Modeling", 2024. Who comes later opens the
-next group.
+The grace period of Liu et al., "Asynchronous Local-SGD Training for Language Modeling", 2024. Who comes later opens
+the next group.
 """
 
 from dataclasses import dataclass

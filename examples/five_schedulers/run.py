@@ -20,26 +20,25 @@ KINDS = ("fedavg", "fedasync", "fedbuff", "fedat", "compass")
 
 
 def main() -> None:
-    """Play all five, then compare."""
+    """Play all five with their own defaults, then compare."""
     parser = argparse.ArgumentParser(description="The same federation under five schedulers.")
     parser.add_argument("--out", type=Path, default=Path("runs/five-schedulers"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     for kind in KINDS:
-        plan = fedge.load_experiment(
-            EXPERIMENT, [*options.set, f"experiment.name={kind}", f"server.scheduler.kind={kind}"]
-        )
-        run = fedge.simulate(plan, options.out / kind)
-        print(f"{kind}: {run.summary['updates']} updates in {run.summary['wall_s']:.0f} s")
+        settings = [f"experiment.name={kind}", f"server.scheduler.kind={kind}", *options.set]
+        run = fedge.simulate(fedge.load_experiment(EXPERIMENT, settings), options.out / kind)
+        print(f"{kind}: {run.summary['updates']} updates, {run.summary['wall_s']:.0f} s of computing", flush=True)
     found = compare([options.out / kind for kind in KINDS], options.out)
-    table = Table(*HEADS, box=None, title=f"to {found.target:.0%} accuracy; times are those of the simulated devices")
+    table = Table(*HEADS, box=None, title=f"to {found.target:.0%} accuracy; the times are those of simulated devices")
     for row in found.rows:
         table.add_row(*row.cells())
     Console(width=110).print(table)
     print(found.page)
 
 
-try:
-    main()
-except fedge.FedgeError as error:
-    raise SystemExit(f"error: {error}") from None
+if __name__ == "__main__":
+    try:
+        main()
+    except fedge.FedgeError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -3,11 +3,10 @@ must learn the same in both.
 
     python -m pytest examples/mock_clients
 
-Four clients each pull the model towards a value of their own, so the federation should settle on the mean of the values.
+Four clients each pull the model towards a value of their own, so the federation should settle on their mean.
 """
 
 import asyncio
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +29,10 @@ SHARDS = [np.array([index]) for index in range(len(VALUES))]
 NAMES = [f"mock-{index}" for index in range(len(VALUES))]
 
 
-def pull(weights: Vector, task: Task, shard: Shard) -> Vector:
+def pull(weights: Vector, _task: Task, shard: Shard) -> Vector:
     """Halfway to the client's value; `shard` holds the index of its only example."""
-    return weights + (VALUES[shard].mean() - weights) / 2
+    goal = np.float32(VALUES[shard].mean())
+    return weights + (goal - weights) / 2
 
 
 TRAINER = FunctionTrainer(np.zeros(100), pull)
@@ -63,7 +63,7 @@ async def federate(folder: Path) -> tuple[Vector, list[Summary]]:
             TRAINER.initial(),
             listen="127.0.0.1:0",
             state_dir=folder,
-            on_record=lambda record: None,
+            on_record=lambda _: None,
             on_listening=address.set_result,
         )
     )

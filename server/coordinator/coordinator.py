@@ -246,7 +246,7 @@ class Coordinator:
     def _save(self) -> None:
         machine = self._run.machine
         shell = msgspec.msgpack.encode(self._run.shell)
-        self._journal.save(self._journal.now, machine.broadcast.version, shell, machine.snapshot())
+        self._journal.save(self._journal.now, machine.broadcast.version, shell, machine.snapshot_parts())
         self._stored = 0
 
     # ---- effects out ---------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedge.core.errors import ExperimentError, JournalError
+from fedge.core.state import Parts
 from fedge.server.coordinator.facts import Fact, Stored, pack, unpack
 from fedge.server.coordinator.files import digest, sync_folder, write
 
@@ -125,11 +126,11 @@ class Journal:
         with guarded("write the journal"):
             self._db.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?)", (client, incarnation))
 
-    def save(self, now: float, version: int, shell: bytes, machine: bytes) -> None:
+    def save(self, now: float, version: int, shell: bytes, machine: Parts) -> None:
         """A snapshot of the state after all events so far; what no kept snapshot needs is deleted."""
         name = f"{self.seq:012d}.state"
         with guarded("write a snapshot"):
-            write(self.snapshots / name, [machine], durable=True)
+            write(self.snapshots / name, machine, durable=True)
             sha256 = digest(self.snapshots / name)
             row = (self.seq, now, version, shell, name, sha256)
             self._db.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?, ?, ?)", row)

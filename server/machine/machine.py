@@ -58,10 +58,10 @@ class Machine:
     """One federation. Feed it events in the order of their times; carry out the effects in the order given."""
 
     def __init__(self, federation: Federation, initial: Vector) -> None:
-        """Version 0 is `initial`, float32 [d]. Raises ModelError where its size is not the layout's."""
+        """Version 0 is `initial`, float32 [d], taken over: do not write to it. Raises ModelError for another size."""
         if initial.shape != (federation.layout.size,):
             raise ModelError(f"The initial vector has shape {initial.shape}, the layout {federation.layout.size}.")
-        vector = initial.copy()
+        vector = initial.view()
         vector.flags.writeable = False
         scheduler = federation.scheduler.init()
         self._begin(federation, State(vector, scheduler, federation.optimizer.init(vector)))
@@ -82,6 +82,10 @@ class Machine:
 
     def snapshot(self) -> bytes:
         """All state, as bytes."""
+        return b"".join(self.snapshot_parts())
+
+    def snapshot_parts(self) -> list[bytes | memoryview]:
+        """The same without a copy of any vector: buffers to write before the next event."""
         return state.encode(self._state)
 
     # ---- what the shells may look at -----------------------------------------------------------
@@ -275,6 +279,7 @@ class Machine:
         record = self._state.tasks[id_]
         record.state = advance(TASK, record.state, "expired")
         self._state.leases.pop(id_, None)
+        self._remember(id_)
 
     def _release(self, client: str, id_: str) -> None:
         """The client has answered this task: it is idle, unless it is away or holds another."""
@@ -288,6 +293,10 @@ class Machine:
         record = self._state.tasks[id_]
         record.state = advance(TASK, record.state, how)
         self._release(record.client, id_)
+        self._remember(id_)
+
+    def _remember(self, id_: str) -> None:
+        """Keep the latest tasks nobody waits for, so that a repeated or late delivery is known for what it is."""
         ended = self._state.ended
         ended[id_] = None
         if len(ended) > self._federation.limits.remembered_tasks:

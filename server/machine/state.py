@@ -98,9 +98,9 @@ class State:
     pools: dict[str, Pool] = field(default_factory=dict)
 
 
-def encode(state: State) -> bytes:
-    """All of `state`, as bytes."""
-    return codec.encode({item.name: getattr(state, item.name) for item in fields(state)})
+def encode(state: State) -> codec.Parts:
+    """All of `state`, as buffers to write before it changes."""
+    return codec.encode_parts({item.name: getattr(state, item.name) for item in fields(state)})
 
 
 def decode(data: bytes, federation: Federation) -> State:
