@@ -93,6 +93,17 @@ async def sink() -> None:
     await server.wait_for_termination()
 
 
+import os as _os
+from fedge.server.coordinator import serving as _serving
+
+_orig = _serving.options
+_serving.options = lambda l: (
+    _orig(l) + [(k, int(v)) for k, v in (x.split("=") for x in _os.environ.get("FEDGE_OPT", "").split())]
+)
+if "FEDGE_SW" in _os.environ:
+    sys.setswitchinterval(float(_os.environ["FEDGE_SW"]))
+
+
 def main() -> None:
     plan = json.loads(sys.argv[1])
     say(memory=memory_of())

@@ -56,9 +56,10 @@ class Setting:
         return ", ".join(own + more)
 
 
-def compass(alpha: float, momentum: float, staleness: str = "constant", **own: Any) -> Setting:
+def compass(alpha: float, momentum: float, balance: float, staleness: str = "constant", **own: Any) -> Setting:
     """FedCompass with STEPS / 5 to STEPS local steps."""
-    scheduler = {"kind": "compass", "max_steps": STEPS, "min_steps": STEPS // 5, "alpha": alpha, **own}
+    scheduler = {"kind": "compass", "max_steps": STEPS, "min_steps": STEPS // 5, "alpha": alpha}
+    scheduler |= {"balance": balance, **own}
     return Setting(scheduler, staleness, momentum)
 
 
@@ -85,13 +86,21 @@ TRIED: dict[str, list[Setting]] = {
     "dbw": [timed("dbw", momentum=beta, rate=RATE) for beta in (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)],
     # As published: alpha 0.9, each update a share of 1/N, polynomial staleness, plain steps.
     BASE: [
-        compass(0.9, 0.0, "polynomial", min_steps=least, latest_factor=latest)
+        compass(0.9, 0.0, 0.0, "polynomial", min_steps=least, latest_factor=latest)
         for least in (5, 8, 12)
         for latest in (1.2, 1.5)
     ],
-    DEFAULT: [compass(*pair) for pair in ((1.0, 0.5), (1.0, 0.6), (1.0, 0.7), (1.5, 0.5), (0.7, 0.7), (0.5, 0.8))],
+    # alpha, server momentum, balance
+    DEFAULT: [
+        compass(1.0, 0.6, 0.0),
+        compass(1.0, 0.6, 0.5),
+        compass(1.0, 0.5, 0.5),
+        compass(1.0, 0.7, 0.5),
+        compass(1.5, 0.5, 0.5),
+        compass(1.0, 0.6, 1.0),
+    ],
 }
-CHOSEN = {"fedavg": 3, "fedasync": 0, "fedbuff": 0, "fedat": 0, "dbw": 3, BASE: 0, DEFAULT: 1}
+CHOSEN = {"fedavg": 3, "fedasync": 5, "fedbuff": 3, "fedat": 0, "dbw": 0, BASE: 0, DEFAULT: 1}
 
 
 @dataclass(frozen=True)

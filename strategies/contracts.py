@@ -92,10 +92,14 @@ class Train:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Fold the update that just arrived into the pool of that name. `late`: it missed the group it was meant for."""
+    """Fold the update that just arrived into the pool of that name.
+
+    `late`: it missed the group it was meant for. `share` multiplies the weigher's.
+    """
 
     pool: str
     late: bool = False
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

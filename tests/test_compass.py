@@ -9,11 +9,11 @@ from fedge.strategies.schedulers.compass import Compass
 from fedge.strategies.weighers.staleness import Polynomial
 from tests.machines import Table, federation, update_for
 
-STEPS = Compass(min_steps=20, max_steps=100, alpha=1.0, latest_factor=1.5)
+STEPS = Compass(min_steps=20, max_steps=100, alpha=1.0, latest_factor=1.5, balance=0.0)
 
 
 def fleet(*names, **changes):
-    table = Table(federation(scheduler=STEPS, expected=len(names), **changes))
+    table = Table(federation(**{"scheduler": STEPS, "expected": len(names), **changes}))
     table.join(*names)
     return table
 
@@ -148,7 +148,17 @@ def test_an_early_close_leaves_nothing_for_its_timer():
     assert table.machine.broadcast.version == snapshot
 
 
-@pytest.mark.parametrize("settings", [{"min_steps": 0}, {"min_steps": 200}, {"latest_factor": 0.9}])
+def test_balance_weighs_a_slow_client_by_its_seconds_per_step():
+    """b is nine times slower than a: with balance 1/2 it weighs three times as much; shares of the fleet sum to alpha."""
+    table = fleet("a", "b", scheduler=Compass(min_steps=20, max_steps=100, balance=0.5))
+    table.deliver("a", 10.0)
+    table.deliver("b", 90.0)
+    closed = [effect.values for effect in table.seen if getattr(effect, "kind", "") == "aggregated"]
+    assert [record["step"] for record in closed] == pytest.approx([0.5, 0.75])  # b's speed was not known at first
+    assert closed[1]["members"][0]["weight"] / closed[0]["members"][0]["weight"] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("settings", [{"min_steps": 0}, {"min_steps": 200}, {"latest_factor": 0.9}, {"balance": 2.0}])
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ExperimentError, match="server.scheduler"):
         Compass(**settings)

@@ -31,8 +31,8 @@ NAMES = [f"mock-{index}" for index in range(len(VALUES))]
 
 def pull(weights: Vector, _task: Task, shard: Shard) -> Vector:
     """Halfway to the client's value; `shard` holds the index of its only example."""
-    goal = np.float32(VALUES[shard].mean())
-    return weights + (goal - weights) / 2
+    goal = VALUES[shard].mean()
+    return np.asarray(weights + (goal - weights) / 2, np.float32)
 
 
 TRAINER = FunctionTrainer(np.zeros(100), pull)

@@ -373,7 +373,14 @@ class Machine:
             return
         pool = self._state.pools.setdefault(order.pool, pools.Pool())
         plan = self._federation
-        pools.fold(pool, plan.aggregator, update, arrival, plan.share.weigh(arrival), plan.staleness.weigh(arrival))
+        pools.fold(
+            pool,
+            plan.aggregator,
+            update,
+            arrival,
+            order.share * plan.share.weigh(arrival),
+            plan.staleness.weigh(arrival),
+        )
         pool.state = advance(POOL, pool.state, "kept")
         self._end_task(update.task_id, "counted")
         known = self._state.clients[update.client]

@@ -6,7 +6,11 @@ Cross-Silo Federated Learning on Heterogeneous Client Devices using a Computing 
     else create  with as many steps as let the fastest client of some open group do one more full round meanwhile
     T_latest     now + latest_factor * (T_exp - now): the group closes without who is not there by then
 
-    w <- w - alpha / N * sum_j s(tau_j) delta_j          over the group and the late updates waiting for one
+    w <- w - alpha * sum_j b_j s(tau_j) delta_j          over the group and the late updates waiting for one
+    b_j = S_j^balance / sum over the fleet of S_i^balance
+
+With `balance` 0 every update weighs 1/N, as published: then who is ten times faster pushes the model ten times as hard.
+With 1 everybody pushes equally hard per second; 1/2 lies between, and is ours (docs/schedulers.md has the figures).
 
 A first arrival, whose speed nobody knew, is aggregated alone. What published implementations get wrong and this one
 does not: a late update waits in its own pool and counts once; a group whose clients are all gone is forgotten; late
@@ -41,22 +45,26 @@ SHORTEST_S = 1e-9  # per step: a speed of zero would promise infinitely many
 
 @dataclass(slots=True)
 class ArrivalGroup:
-    """Clients meant to arrive together: when (expected, at the latest), who is still awaited, and who is there."""
+    """Clients meant to arrive together: when (expected, at the latest), who is still awaited, and who is there.
+
+    `share` sums S_j^balance over those who are.
+    """
 
     expected_at: float
     latest_at: float
     awaited: dict[str, None] = field(default_factory=dict)
     arrived: list[str] = field(default_factory=list)
+    share: float = 0.0
 
 
 @dataclass(slots=True)
 class State:
-    """Speeds in seconds per step, the open groups by pool name, each client's group, and how many are late."""
+    """Speeds in seconds per step, the open groups by pool name, each client's group, and the share of the late."""
 
     speeds: dict[str, float] = field(default_factory=dict)
     groups: dict[str, ArrivalGroup] = field(default_factory=dict)
     group_of: dict[str, str] = field(default_factory=dict)
-    late: int = 0
+    late: float = 0.0
     formed: int = 0
 
 
@@ -64,8 +72,8 @@ class State:
 class Compass:
     """Between `min_steps` and `max_steps` local steps per task; `alpha` scales the server's step.
 
-    The published form has alpha 0.9, polynomial staleness and plain server steps. docs/schedulers.md shows why an
-    experiment that says nothing else gets alpha 1, no discount and server momentum.
+    The published form has alpha 0.9, balance 0, polynomial staleness and plain server steps. An experiment that says
+    nothing else gets the values here, no discount and server momentum.
     """
 
     min_steps: int = 20
@@ -73,12 +81,15 @@ class Compass:
     alpha: float = 1.0
     momentum: float = 0.9
     latest_factor: float = 1.2
+    balance: float = 0.5
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_steps <= self.max_steps:
             raise ExperimentError(f"server.scheduler: min_steps {self.min_steps} must be in 1..{self.max_steps}.")
         if self.latest_factor < 1:
             raise ExperimentError(f"server.scheduler: latest_factor {self.latest_factor} must be at least 1.")
+        if not 0 <= self.balance <= 1:
+            raise ExperimentError(f"server.scheduler: balance {self.balance} must be in 0..1.")
 
     def init(self) -> State:
         """No groups, no speeds."""
@@ -109,17 +120,20 @@ class Compass:
         client, sample = arrival.client, max(arrival.duration_s / arrival.steps, SHORTEST_S)
         first = client not in state.speeds
         state.speeds[client] = sample if first else (1 - self.momentum) * state.speeds[client] + self.momentum * sample
+        share = self._share(state, client)
         name = None if arrival.overdue else state.group_of.pop(client, None)
         group = state.groups.get(name) if name else None
         if group is not None and name is not None and fleet.now <= group.latest_at:
             del group.awaited[client]
             group.arrived.append(client)
-            return [Keep(name), *self._close_if_whole(state, name, fleet)]
+            group.share += share
+            return [Keep(name, share=share), *self._close_if_whole(state, name, fleet)]
         if first:
-            return [Keep(f"first-{client}"), self._closing(state, f"first-{client}", 1, fleet)]
-        state.late += 1
+            alone = f"first-{client}"
+            return [Keep(alone, share=share), self._closing(state, alone, share, fleet)]
+        state.late += share
         again = self._assign(state, client, fleet) if client in fleet.idle else []
-        return [Keep(LATE, late=True), *again]
+        return [Keep(LATE, late=True, share=share), *again]
 
     def _lost(self, state: State, client: str, fleet: Fleet) -> list[Order]:
         name = state.group_of.pop(client, "")
@@ -138,13 +152,17 @@ class Compass:
 
     def _close(self, state: State, name: str, fleet: Fleet) -> list[Order]:
         """Forget the group; whoever it still awaits will be late. Aggregate what has come, if anything has."""
-        arrived = len(state.groups.pop(name).arrived)
-        return [self._closing(state, name, arrived, fleet)] if arrived or state.late else []
+        share = state.groups.pop(name).share
+        return [self._closing(state, name, share, fleet)] if share or state.late else []
 
-    def _closing(self, state: State, name: str, arrived: int, fleet: Fleet) -> Close:
-        count = arrived + state.late
-        state.late = 0
-        return Close((LATE, name), self.alpha * count / fleet.expected)
+    def _closing(self, state: State, name: str, share: float, fleet: Fleet) -> Close:
+        """All waiting late updates go along. Clients whose speed is not known yet count as the average."""
+        closing, state.late = share + state.late, 0.0
+        known = sum(self._share(state, client) for client in state.speeds)
+        return Close((LATE, name), self.alpha * closing / (known * fleet.expected / len(state.speeds)))
+
+    def _share(self, state: State, client: str) -> float:
+        return float(state.speeds[client] ** self.balance)
 
     # ---- assignment ----------------------------------------------------------------------------
 
