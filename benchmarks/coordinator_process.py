@@ -28,6 +28,7 @@ from fedge.strategies.optimizers import OPTIMIZERS
 from fedge.strategies.schedulers import SCHEDULERS
 from fedge.strategies.weighers import STALENESS, WEIGHERS
 
+_PATIENCE_S = 600.0  # mocks that wait for their turn have no stream open
 KINDS = ("RssAnon", "RssFile", "VmHWM")
 
 
@@ -55,6 +56,7 @@ async def coordinate(clients: int, size: int, versions: int, state: str) -> None
         optimizer=OPTIMIZERS.build({"kind": "sgd"}),
         expected=clients,
         stop=Stop(versions=versions),
+        limits=Limits(liveness_s=_PATIENCE_S),
     )
     moments: list[float] = []
 
@@ -91,17 +93,6 @@ async def sink() -> None:
     await server.start()
     say(address=f"127.0.0.1:{port}")
     await server.wait_for_termination()
-
-
-import os as _os
-from fedge.server.coordinator import serving as _serving
-
-_orig = _serving.options
-_serving.options = lambda l: (
-    _orig(l) + [(k, int(v)) for k, v in (x.split("=") for x in _os.environ.get("FEDGE_OPT", "").split())]
-)
-if "FEDGE_SW" in _os.environ:
-    sys.setswitchinterval(float(_os.environ["FEDGE_SW"]))
 
 
 def main() -> None:

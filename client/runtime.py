@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fedge.client.session import Session
-from fedge.client.trainer import Shard, Trainer
+from fedge.client.trainer import Shard, Trainer, train
 from fedge.core.errors import RefusedUpdate, TrainerError
 from fedge.core.limits import Limits
-from fedge.core.task import DELTA, Broadcast, Task, Update
+from fedge.core.task import Broadcast, Task, Update
 
 log = logging.getLogger("fedge")
 Progress = Callable[[str, Mapping[str, Any]], None]
@@ -79,7 +79,7 @@ class _Loop:
         self.summary.version = task.version
         self._tell("received", {"task": task.id, "version": task.version, "steps": task.steps})
         try:
-            update = _checked(trainer.train(task, broadcast, shard, self._session.state, None), task, broadcast)
+            update = train(trainer, task, broadcast, shard, self._session.state)
         except TrainerError as error:
             self._failed(task, error)
             return
@@ -107,14 +107,3 @@ class _Loop:
         self._tell("failed", {"task": task.id, "reason": error.reason, "detail": str(error)})
         if self._failures >= self._limits.max_refusals:
             raise error
-
-
-def _checked(update: Update, task: Task, broadcast: Broadcast) -> Update:
-    """`update`, where it belongs to the task and its delta to the model. Raises TrainerError."""
-    if update.task_id != task.id or update.client != task.client:
-        raise TrainerError(f"The trainer returned an update for task {update.task_id}, not {task.id}.")
-    delta = update.blobs.get(DELTA)
-    if delta is None or delta.shape != broadcast.vector.shape or delta.dtype != broadcast.vector.dtype:
-        found = "none" if delta is None else f"{delta.dtype} {delta.shape}"
-        raise TrainerError(f"The trainer's delta should be float32 {broadcast.vector.shape} but is {found}.")
-    return update

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.core.errors import TrainerError
+from fedge.core.errors import FedgeError, TrainerError
 from fedge.core.params import Array, Layout, Vector
 from fedge.core.task import DELTA, Broadcast, Task, Update
 
@@ -31,6 +31,27 @@ class Trainer(Protocol):
 
     def evaluate(self, vector: Vector) -> Mapping[str, float]:
         """{"accuracy": in [0, 1], "loss": mean} on the test set; empty where there is none."""
+
+
+def train(
+    trainer: Trainer, task: Task, broadcast: Broadcast, shard: Shard, state: ClientState, out: Vector | None = None
+) -> Update:
+    """`trainer.train`, held to its contract whoever wrote it. Raises TrainerError for all else that comes out of it."""
+    try:
+        update: object = trainer.train(task, broadcast, shard, state, out)
+    except FedgeError:
+        raise
+    except Exception as error:  # a plug-in boundary: whatever the user's code raises goes on with who and where
+        raise TrainerError(f"{task.client}: the trainer raised {error!r} in task {task.id}.") from error
+    if not isinstance(update, Update):
+        raise TrainerError(f"{task.client}: the trainer returned {type(update).__name__}, not an Update.")
+    if update.task_id != task.id or update.client != task.client:
+        raise TrainerError(f"{task.client}: the trainer returned an update for task {update.task_id}, not {task.id}.")
+    delta = update.blobs.get(DELTA)
+    if not isinstance(delta, np.ndarray) or delta.shape != broadcast.vector.shape or delta.dtype != np.float32:
+        found = f"{delta.dtype} {delta.shape}" if isinstance(delta, np.ndarray) else type(delta).__name__
+        raise TrainerError(f"{task.client}: the delta should be float32 {broadcast.vector.shape} but is {found}.")
+    return update
 
 
 class FunctionTrainer:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedge.client.trainer import ClientState, Shard, Trainer
+from fedge.client.trainer import ClientState, Shard, Trainer, train
 from fedge.core.errors import TrainerError
 from fedge.core.params import Vector
 from fedge.core.random import generator
@@ -41,7 +41,7 @@ from fedge.simulation.speeds import StepTimes
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run came to: `vector` float32 [d] and its SHA-256 `hash`; `now` in virtual and `wall_s` in real seconds."""
+    """What a run came to: `vector` float32 [d], its SHA-256 `hash`; `now` in virtual and `wall_s` in real seconds."""
 
     vector: Vector
     version: int
@@ -226,7 +226,7 @@ class Simulation:
         if self._pool:
             return self._pool.result(due.index, due.task)
         shard, held = self._shards[due.index], self._state[due.index]
-        return self._trainer.train(due.task, due.broadcast, shard, held, self._delta)
+        return train(self._trainer, due.task, due.broadcast, shard, held, self._delta)
 
 
 def _timed(update: Update, timings: Mapping[str, float]) -> Update:

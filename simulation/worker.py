@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from fedge.client.trainer import ClientState, Trainer
+from fedge.client.trainer import ClientState, Trainer, train
 from fedge.core import state as codec
 from fedge.core.errors import TrainerError
 from fedge.core.registry import load
@@ -33,14 +33,14 @@ def main() -> None:
             broadcast = codec.convert(message["broadcast"], Broadcast)
         if broadcast is None:
             sys.exit("a task came before any model")
-        send(stdout, train(trainer, message, broadcast, states.setdefault(message["index"], {})))
+        send(stdout, answer(trainer, message, broadcast, states.setdefault(message["index"], {})))
 
 
-def train(trainer: Trainer, message: dict[str, Any], broadcast: Broadcast, state: ClientState) -> dict[str, Any]:
+def answer(trainer: Trainer, message: dict[str, Any], broadcast: Broadcast, state: ClientState) -> dict[str, Any]:
     """{"update": ...} or {"error": sentence}."""
     task = codec.convert(message["task"], Task)
     try:
-        return {"update": trainer.train(task, broadcast, message["shard"], state, None)}
+        return {"update": train(trainer, task, broadcast, message["shard"], state)}
     except TrainerError as error:
         return {"error": str(error)}
 

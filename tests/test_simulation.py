@@ -1,6 +1,7 @@
 """Virtual time: the same seed gives the same bytes, outages and drop-outs are survived, one process equals several."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,3 +134,35 @@ def test_a_bad_trace_is_named(tmp_path, text):
 def test_a_step_takes_time():
     with pytest.raises(ExperimentError, match="above 0"):
         SPEEDS.build({"kind": "exponential", "mean_s": 0.0})
+
+
+class Odd:
+    """A trainer that breaks its contract in one way."""
+
+    def __init__(self, way):
+        self.way, self._plain = way, FunctionTrainer(np.zeros(5), pull)
+        self.layout, self.initial, self.evaluate = self._plain.layout, self._plain.initial, self._plain.evaluate
+
+    def train(self, task, broadcast, shard, state, out):
+        update = self._plain.train(task, broadcast, shard, state, out)
+        return self.way(update)
+
+
+WAYS = {
+    "not an Update": lambda update: None,
+    "for task": lambda update: replace(update, task_id="0" * 32),
+    "should be float32": lambda update: replace(update, blobs={"delta": np.zeros(4, np.float32)}),
+    "raised KeyError": lambda update: {}["loss"],
+}
+
+
+@pytest.mark.parametrize("says", WAYS)
+def test_a_trainer_that_breaks_its_contract_fails_its_tasks_and_is_named(says):
+    run, records = simulation("fedasync", updates=40), []
+    run._trainer = Odd(WAYS[says])
+    before = run._machine.broadcast.vector.copy()
+    assert run.run(records.append).finished == "idle"  # everybody has been evicted
+    failed = [record.values["reason"] for record in records if record.kind == "failed"]
+    assert failed
+    assert all(says in reason and "client-" in reason for reason in failed)
+    np.testing.assert_array_equal(run._machine.broadcast.vector, before)

@@ -16,6 +16,7 @@ from fedge.core.errors import (
     FedgeError,
     ModelError,
     NotYourTask,
+    RefusedClient,
     RefusedUpdate,
     StrategyError,
     TaskSpent,
@@ -185,6 +186,8 @@ class Machine:
             self._refuse(update.client, update.task_id, NotYourTask("This task was issued to another client."))
         elif record.state == "counted":
             self._effects.append(Ack(update.client, update.task_id, repeated=True))
+        elif self._state.clients[update.client].state == "evicted":
+            self._refuse(update.client, update.task_id, RefusedClient("This client is shut out of the run."))
         elif record.state in ("refused", "failed") or self._state.finished:
             self._refuse(update.client, update.task_id, TaskSpent("This task has ended; fetch a new one."))
         else:
@@ -192,12 +195,10 @@ class Machine:
 
     def _weigh_in(self, update: Update, record: TaskRecord) -> None:
         try:
-            if update.base_version != record.version or not 0 < update.steps <= record.steps:
-                asked = f"version {record.version}, at most {record.steps} steps"
-                raise BadReport(
-                    f"The update claims version {update.base_version}, {update.steps} steps; asked: {asked}."
-                )
             norm = screen(update, self._federation.layout.size, self._federation.blobs, self._federation.limits)
+            if update.base_version != record.version or update.steps > record.steps:
+                claims = f"version {update.base_version} and {update.steps} steps"
+                raise BadReport(f"The update claims {claims}; asked were {record.version} and at most {record.steps}.")
         except RefusedUpdate as error:
             self._refuse(update.client, update.task_id, error)
             self._bring_nothing(update.task_id, "refused")

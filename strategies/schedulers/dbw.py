@@ -6,9 +6,9 @@ Workers for Parallel Machine Learning", 2020).
     T(k) = the k-th smallest predicted duration of the idle fleet
 
 |g|^2 and V (variance between clients) are estimated from the norms of a group's updates and of their mean, with
-g = delta / eta and eta = `rate` * steps; L from the decrease of the loss; all averaged over the last rounds. Our reading
-for local steps: the paper has one gradient per round, and fits T(k) to a table of arrival times where we keep each
-client's own. Updates of the backup workers (those that come after the k-th) are refused as too stale.
+g = delta / eta and eta = `rate` * steps; L from the decrease of the loss; all averaged over the last rounds. Our
+reading for local steps: the paper has one gradient per round, and fits T(k) to a table of arrival times where we keep
+each client's own. Updates of the backup workers (those that come after the k-th) are refused as too stale.
 """
 
 from collections.abc import Callable
