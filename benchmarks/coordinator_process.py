@@ -20,7 +20,6 @@ from fedge.core.params import Layout
 from fedge.protos import fedge_pb2 as pb
 from fedge.protos.fedge_pb2_grpc import CoordinatorServicer, add_CoordinatorServicer_to_server
 from fedge.server.coordinator import serve
-from fedge.server.coordinator.serving import options
 from fedge.server.machine import Federation, Stop
 from fedge.server.machine.events import Record
 from fedge.strategies.aggregators import AGGREGATORS
@@ -66,7 +65,7 @@ async def coordinate(clients: int, size: int, versions: int, state: str) -> None
 
     await serve(
         federation,
-        np.zeros(size, np.float32),
+        np.ones(size, np.float32),  # not zeros: those take no memory
         listen="127.0.0.1:0",
         state_dir=Path(state),
         on_record=note,
@@ -87,7 +86,7 @@ class Sink(CoordinatorServicer):
 
 async def sink() -> None:
     """For ever."""
-    server = grpc.aio.server(options=options(Limits()))
+    server = grpc.aio.server()
     add_CoordinatorServicer_to_server(Sink(), server)  # type: ignore[no-untyped-call]
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -6,6 +6,7 @@ Owns that order, the ticks, the evaluation and who has gone silent. Must never s
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import secrets
@@ -22,6 +23,7 @@ from fedge.core.errors import FedgeError, JournalError, NotJoined, RefusedClient
 from fedge.core.params import Vector
 from fedge.server.coordinator.clock import Clock
 from fedge.server.coordinator.facts import Fact, Stored, at
+from fedge.server.coordinator.files import let_go
 from fedge.server.coordinator.journal import Journal, passing
 from fedge.server.coordinator.replay import Run, Shell, resume
 from fedge.server.coordinator.sessions import Sessions
@@ -225,6 +227,9 @@ class Coordinator:
             effects = self._run.handle(at(now, fact, self._journal.updates))
             self._publish(effects)
             outcomes.append(effects)
+            if isinstance(fact, Stored):
+                with contextlib.suppress(OSError):
+                    let_go(self._journal.updates / fact.file)
         self._stored += sum(isinstance(fact, Stored) for fact in facts)
         self._wake_s = min(self._run.shell.wakes, default=None)
         return outcomes

@@ -36,6 +36,13 @@ def write(path: Path, parts: Iterable[bytes | memoryview], *, durable: bool) -> 
         sync_folder(path.parent)
 
 
+def let_go(path: Path) -> None:
+    """A synced file will not be read again soon: its pages are worth more to the next write. Raises OSError."""
+    if hasattr(os, "posix_fadvise"):  # macOS has none
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, hex. Raises OSError."""
     with path.open("rb") as file:

@@ -33,6 +33,9 @@ def options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),  # two coordinators on one port would each see half of the calls
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
+        # Of each call at most a chunk ahead of its reader: what gRPC's estimator grants is 10 MiB or more per upload.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", limits.chunk_bytes),
         ("grpc.keepalive_time_ms", int(limits.keepalive_time_s * 1000)),
         ("grpc.keepalive_timeout_ms", int(limits.keepalive_timeout_s * 1000)),
         ("grpc.http2.ping_timeout_ms", int(limits.keepalive_timeout_s * 1000)),
@@ -97,6 +100,7 @@ async def serve(
     plan = replace(federation, limits=limits) if limits else federation
     watchers = Watchers(on_record, evaluate, recorded)
     coordinator = Coordinator(plan, initial, state_dir, watchers, experiment_text, keep_all)
+    del initial  # the machine has its own
     try:
         server, address = await listening(coordinator, listen)
         try:
