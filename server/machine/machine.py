@@ -78,7 +78,9 @@ class Machine:
         self._federation = federation
         self._state = held
         self._effects: list[Effect] = []
-        examples = {name: record.examples for name, record in held.clients.items() if record.state != "absent"}
+        examples = {
+            name: record.examples for name, record in held.clients.items() if record.state not in ("absent", "evicted")
+        }
         self._fleet = Fleet(federation.seed, federation.expected, held.now, held.version, held.idle, examples)
 
     def snapshot(self) -> bytes:
@@ -188,7 +190,9 @@ class Machine:
             self._effects.append(Ack(update.client, update.task_id, repeated=True))
         elif self._state.clients[update.client].state == "evicted":
             self._refuse(update.client, update.task_id, RefusedClient("This client is shut out of the run."))
-        elif record.state in ("refused", "failed") or self._state.finished:
+        elif self._state.finished:
+            self._refuse(update.client, update.task_id, TaskSpent("The run is over; nothing more counts."))
+        elif record.state in ("refused", "failed"):
             self._refuse(update.client, update.task_id, TaskSpent("This task has ended; fetch a new one."))
         else:
             self._weigh_in(update, record)
@@ -223,13 +227,9 @@ class Machine:
         known = self._state.clients.get(client)
         if known is None or known.state in ("absent", "evicted"):
             return
-        task = known.task if known.state == "training" else ""
-        known.state, known.task = advance(CLIENT, known.state, "left"), ""
-        self._state.idle.pop(client, None)
-        self._fleet.examples.pop(client, None)
+        awaited = self._part(client, "left")
         self._record("left", client=client, reason=reason)
-        if task:
-            self._expire(task)
+        if awaited:
             self._signal(say.Lost(client))
 
     def _on_evaluated(self, event: Evaluated) -> None:
@@ -263,7 +263,7 @@ class Machine:
         held, known = self._state, self._state.clients.get(order.client)
         if known is None or known.state != "idle" or not 0 < order.steps <= self._federation.limits.max_steps:
             raise StrategyError(
-                f"the scheduler asked {order.client} for {order.steps} steps; it is not idle or they are too many"
+                f"The scheduler asked {order.client!r} for {order.steps} steps; ask idle clients for 1 or more."
             )
         id_ = token(self._federation.seed, "task", held.issued)
         held.issued += 1
@@ -313,19 +313,25 @@ class Machine:
         known.refused += 1
         known.refused_in_row += 1
         if known.refused_in_row >= self._federation.limits.max_refusals:
-            self._evict(client, f"{known.refused_in_row} tasks in a row brought nothing usable")
+            reason = f"{known.refused_in_row} tasks in a row brought nothing usable"
+            waited_for |= self._part(client, "evicted")
+            self._effects.append(Evict(client, reason))
+            self._record("evicted", client=client, reason=reason)
         if waited_for:
             self._signal(say.Lost(client))
         if known.state == "idle":
             self._signal(say.Ready(client))
 
-    def _evict(self, client: str, reason: str) -> None:
+    def _part(self, client: str, how: str) -> bool:
+        """The client has left or is evicted; whether a task of its was still waited for."""
         known = self._state.clients[client]
-        known.state = advance(CLIENT, known.state, "evicted")
+        task = known.task if known.state == "training" else ""
+        known.state, known.task = advance(CLIENT, known.state, how), ""
         self._state.idle.pop(client, None)
         self._fleet.examples.pop(client, None)
-        self._effects.append(Evict(client, reason))
-        self._record("evicted", client=client, reason=reason)
+        if task:
+            self._expire(task)
+        return bool(task)
 
     def _refuse(self, client: str, task_id: str, error: FedgeError) -> None:
         self._effects.append(Refuse(client, task_id, error.reason, error.status, str(error)))
@@ -360,10 +366,11 @@ class Machine:
         except FedgeError:
             raise
         except Exception as error:  # a plug-in boundary: who, at which stage, with what
-            raise StrategyError(f"scheduler {name} raised {error!r} on {type(signal).__name__}") from error
+            raise StrategyError(f"Scheduler {name} raised {error!r} on {type(signal).__name__}; mend it.") from error
         verdicts = sum(isinstance(order, _VERDICTS) for order in orders)
         if verdicts != expects_verdict:
-            raise StrategyError(f"scheduler {name} gave {verdicts} verdicts on {type(signal).__name__}")
+            wanted = "one Keep or Discard" if expects_verdict else "neither Keep nor Discard"
+            raise StrategyError(f"Scheduler {name} gave {verdicts} verdicts on {type(signal).__name__}; give {wanted}.")
         return orders
 
     def _settle(self, order: say.Keep | say.Discard, update: Update, arrival: Arrival) -> None:
@@ -398,7 +405,8 @@ class Machine:
         plan, held = self._federation, self._state
         found = [held.pools.pop(name) for name in (HELD, *order.pools) if name in held.pools]
         if not found:
-            raise StrategyError(f"scheduler {type(plan.scheduler).__name__} closed pools that are empty: {order.pools}")
+            name = type(plan.scheduler).__name__
+            raise StrategyError(f"Scheduler {name} closed the empty pools {order.pools}; close what holds updates.")
         members = tuple(member for pool in found for member in pool.members)
         whole = pools.merged(found, plan.aggregator)
         if len(members) < plan.aggregator.min_rows():
