@@ -94,13 +94,13 @@ TRIED: dict[str, list[Setting]] = {
     DEFAULT: [
         compass(1.0, 0.6, 0.0),
         compass(1.0, 0.6, 0.5),
-        compass(1.0, 0.5, 0.5),
-        compass(1.0, 0.7, 0.5),
+        compass(1.25, 0.6, 0.5),
         compass(1.5, 0.5, 0.5),
-        compass(1.0, 0.6, 1.0),
+        compass(1.5, 0.6, 0.5),
+        compass(1.25, 0.6, 0.25),
     ],
 }
-CHOSEN = {"fedavg": 3, "fedasync": 5, "fedbuff": 3, "fedat": 0, "dbw": 0, BASE: 0, DEFAULT: 1}
+CHOSEN = {"fedavg": 3, "fedasync": 5, "fedbuff": 3, "fedat": 0, "dbw": 0, BASE: 0, DEFAULT: 2}
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def test_an_early_close_leaves_nothing_for_its_timer():
 
 def test_balance_weighs_a_slow_client_by_its_seconds_per_step():
     """b is nine times slower than a: with balance 1/2 it weighs three times as much; the fleet's shares sum to 1."""
-    table = fleet("a", "b", scheduler=Compass(min_steps=20, max_steps=100, balance=0.5))
+    table = fleet("a", "b", scheduler=Compass(min_steps=20, max_steps=100, alpha=1.0, balance=0.5))
     table.deliver("a", 10.0)
     table.deliver("b", 90.0)
     closed = [effect.values for effect in table.seen if getattr(effect, "kind", "") == "aggregated"]
