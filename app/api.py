@@ -11,11 +11,12 @@ import numpy as np
 
 from fedge import build, runs, trackers
 from fedge.client.data import load as load_data
-from fedge.core.errors import ExperimentError
+from fedge.core.errors import ExperimentError, TrainerError
 from fedge.core.params import Array, Vector
 from fedge.experiment import Experiment
 from fedge.runs import Recorder, Run, Watcher
 from fedge.strategies.aggregators import AGGREGATORS
+from fedge.tally import Tally
 
 
 def simulate(experiment: Experiment | Path | str, out: Path | str | None = None) -> Run:
@@ -30,9 +31,11 @@ def simulate(experiment: Experiment | Path | str, out: Path | str | None = None)
 def play(experiment: Experiment, folder: Callable[[], Path | None], watchers: Sequence[Watcher] = ()) -> Run:
     """Simulate a settled experiment. `folder` makes the run folder, once everything else is known to be in order.
 
-    A run that is interrupted leaves its records and a summary, but no model.
+    A run that is interrupted leaves its records and a summary, but no model. Raises TrainerError where no update came
+    of it because every client failed; the folder is complete then, too.
     """
     dataset = load_data(experiment.data.dataset)
+    build.check_target(experiment, dataset)
     parts = build.shards(experiment, dataset)
     partition = build.partition_summary(dataset, parts)
     trainer = build.trainer(experiment, dataset)
@@ -45,7 +48,17 @@ def play(experiment: Experiment, folder: Callable[[], Path | None], watchers: Se
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
             recorder.finish(partition, reason=reason)
             raise
-        return recorder.finish(partition, trainer.layout, result.vector, result.finished)
+        made = recorder.finish(partition, trainer.layout, result.vector, result.finished)
+    if result.finished == "idle" and not result.updates:
+        _raise_if_all_failed(recorder.tally, len(parts))
+    return made
+
+
+def _raise_if_all_failed(tally: Tally, clients: int) -> None:
+    if tally.counts["evicted"] == clients:
+        raise TrainerError(f"All {clients} clients were shut out; the last said: {tally.last_failure}")
+    if tally.failures:
+        raise TrainerError(f"No update came of this run: {tally.failures}.")
 
 
 def aggregate(rows: Any, kind: str = "mean", weights: Sequence[float] | None = None, **settings: Any) -> Vector:

@@ -230,11 +230,36 @@ def trainer(experiment: Experiment, dataset: Dataset) -> Trainer:
     if experiment.client.trainer == "torch":
         return _torch_trainer(experiment, dataset)
     builder = registry.load(experiment.client.trainer, "client.trainer")
+    path = experiment.client.trainer
     try:
-        built: Trainer = builder(experiment, dataset)
+        built: Any = builder(experiment, dataset)
     except Exception as error:  # a plug-in boundary: whatever the user's code raises goes on with its name
-        raise TrainerError(f"client.trainer: {experiment.client.trainer!r} raised {error!r}; mend it.") from error
-    return built
+        raise TrainerError(f"client.trainer: {path!r} raised {error!r}; mend it.") from error
+    missing = [name for name in ("initial", "train", "evaluate") if not callable(getattr(built, name, None))]
+    if not isinstance(getattr(built, "layout", None), Layout):
+        missing.insert(0, "layout")
+    if missing:
+        raise TrainerError(
+            f"client.trainer: {path!r} returned {type(built).__name__}, which is no trainer: it lacks "
+            f"{', '.join(missing)}; see fedge.client.trainer.Trainer."
+        )
+    found: Trainer = built
+    return found
+
+
+def measurable(experiment: Experiment, dataset: Dataset) -> bool:
+    """Whether versions can be measured; a trainer of one's own may have its own test set."""
+    return len(dataset.x_test) > 0 or experiment.client.trainer != "torch"
+
+
+def check_target(experiment: Experiment, dataset: Dataset) -> None:
+    """Raises ExperimentError for a target that can never be met, because there is nothing to measure it on."""
+    target = experiment.experiment.stop.target
+    if target is not None and not measurable(experiment, dataset):
+        raise ExperimentError(
+            f"experiment.stop.target is {target}, and the data set has no test images to measure it on; "
+            "add some, or leave the target out."
+        )
 
 
 def _torch_trainer(experiment: Experiment, dataset: Dataset) -> Trainer:

@@ -7,16 +7,18 @@ it runs, so that `fedge --help` is quick.
 
 import json as jsons
 import logging
+import os
 import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import click
 import typer
+from typer.core import TyperArgument
 
 from fedge.core.errors import ExperimentError, FedgeError
 
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="fedge",
     help="Federated learning on slow, flaky and hostile devices.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -47,22 +48,34 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         from fedge import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path(), json: Json = False) -> None:
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="The folder it goes to; else this one.", show_default=False)
+    ] = Path(),
+    json: Json = False,
+) -> None:
     """Write a commented starter experiment, DIR/experiment.toml."""
     path = folder / "experiment.toml"
     if path.exists():
         raise ExperimentError(f"{str(path)!r} is there already; name another folder, or move it away.")
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(Path(__file__).with_name("starter.toml"), path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(__file__).with_name("starter.toml"), path)
+    except OSError as error:
+        raise ExperimentError(f"Cannot write {str(path)!r} ({error.strerror}); name another folder.") from None
     _say({"experiment": str(path)}, json, f"{path}  (try: fedge run {path})")
 
 
@@ -70,7 +83,7 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path(), json
 def run(
     experiment: ExperimentFile,
     set: Setting = [],  # noqa: B006 - typer copies it
-    out: Annotated[Path | None, typer.Option(help="The run folder.  [default: runs/NAME-DATE-TIME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; else runs/NAME-DATE-TIME.")] = None,
     processes: Annotated[int | None, typer.Option(min=0, help="Train in so many processes.")] = None,
     quiet: Quiet = False,
     json: Json = False,
@@ -90,11 +103,13 @@ def run(
 def serve(
     experiment: ExperimentFile,
     set: Setting = [],  # noqa: B006 - typer copies it
-    listen: Annotated[str | None, typer.Option(help="host:port.  [default: deploy.listen]")] = None,
+    listen: Annotated[str | None, typer.Option(help="host:port; else deploy.listen of the experiment.")] = None,
     state: Annotated[
-        Path | None, typer.Option(help="The run folder, to go on with if it exists.  [default: runs/NAME]")
+        Path | None, typer.Option(help="The run folder, to go on with if it exists; else runs/NAME.")
     ] = None,
-    insecure_remote: Annotated[bool, typer.Option(help="Let other machines connect although there is no TLS.")] = False,
+    insecure_remote: Annotated[
+        bool, typer.Option("--insecure-remote", help="Let other machines connect although there is no TLS.")
+    ] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -108,14 +123,19 @@ def serve(
         _note(f"listening on {address}; devices join with: fedge join {address}")
 
     with _watching(name, plan.experiment.stop, silent=quiet or json) as watchers:
-        made = serving.coordinate(
-            plan,
-            state or Path("runs") / name,
-            listen=listen or plan.deploy.listen,
-            allow_remote=insecure_remote,
-            on_listening=on_listening,
-            watchers=watchers,
-        )
+        try:
+            made = serving.coordinate(
+                plan,
+                state or Path("runs") / name,
+                listen=listen or plan.deploy.listen,
+                allow_remote=insecure_remote,
+                on_listening=on_listening,
+                watchers=watchers,
+            )
+        except KeyboardInterrupt:
+            if not json:
+                _note("the same command goes on with the run")
+            raise
     _report(made, json)
 
 
@@ -123,18 +143,16 @@ def serve(
 def join(
     address: Address,
     experiment: Annotated[
-        Path | None, typer.Argument(help="The device's own experiment file.  [default: the coordinator's]")
+        Path | None, typer.Argument(help="The device's own experiment file; else the coordinator's.")
     ] = None,
     set: Setting = [],  # noqa: B006 - typer copies it
     name: Annotated[
-        str | None, typer.Option(help="This device's name.  [default: client-00K with --shard, else the host's]")
+        str | None, typer.Option(help="This device's name; else client-00K with --shard K, or the host's.")
     ] = None,
     shard: Annotated[
-        int | None, typer.Option(min=0, help="Train on part K of the partition.  [default: on all data]")
+        int | None, typer.Option(min=0, help="Train on part K of the partition; else on all data.")
     ] = None,
-    state: Annotated[
-        Path | None, typer.Option(help="Where to keep what must survive a restart.  [default: nowhere]")
-    ] = None,
+    state: Annotated[Path | None, typer.Option(help="Where to keep what must survive a restart; else nowhere.")] = None,
     json: Json = False,
 ) -> None:
     """Be a device: train for the coordinator at ADDRESS until the run ends."""
@@ -148,11 +166,11 @@ def join(
     known = name or (platform.node() or "client" if shard is None else build.client_names(shard + 1)[-1])
 
     def progress(kind: str, details: Mapping[str, Any]) -> None:
-        if not json:
-            shown = {key: value for key, value in details.items() if isinstance(value, int | str)}
-            _note(f"{known}: {kind} " + "  ".join(f"{key} {value}" for key, value in shown.items()))
+        shown = {key: value for key, value in details.items() if isinstance(value, int | str)}
+        _note(f"{known}: {kind} " + "  ".join(f"{key} {value}" for key, value in shown.items()))
 
-    done = serving.participate(address, plan, name=known, shard=shard, folder=state, progress=progress)
+    told = None if json else progress
+    done = serving.participate(address, plan, name=known, shard=shard, folder=state, progress=told)
     _say(asdict(done), json, f"{known}: {done.updates} updates, {done.refused} refused; the run ended: {done.finished}")
 
 
@@ -169,7 +187,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.", show_defaul
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where compare.html and compare.png go.")] = Path("compare"),
-    target: Annotated[float | None, typer.Option(help="Test accuracy.  [default: the runs' own]")] = None,
+    target: Annotated[float | None, typer.Option(help="Test accuracy; else the runs' own.")] = None,
     json: Json = False,
 ) -> None:
     """Compare runs: time to the target relative to the fastest, as a table and as plots."""
@@ -239,6 +257,8 @@ def _report(made: "Run", json: bool) -> None:
             f"target {made.summary['target']:.0%} " + (f"after {reached:.1f} s" if reached is not None else "missed")
         )
     words.append(f"{made.summary['versions']} versions, {made.summary['updates']} updates ({made.summary['finished']})")
+    if made.summary["failures"]:
+        words.append(made.summary["failures"])
     _say(summary, json, "\n".join(["  ".join(words), page or str(made.folder)]))
 
 
@@ -270,15 +290,28 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.path.append(
         str(Path.cwd())
     )  # a user's "package.module:name" lies beside the experiment; last, so it shadows none
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what gRPC's core logs, our own sentences say; read on import
     words = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     sys.exit(_outcome(words))
 
 
+def _commands() -> click.Group:
+    """What Typer makes of the functions, with the help of arguments, which it loses under Click 8.5."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)  # noqa: S101 -- there is more than one command
+    for command in group.commands.values():
+        hints = get_type_hints(command.callback, include_extras=True)
+        for parameter in command.params:
+            if isinstance(parameter, TyperArgument):
+                parameter.help = hints[str(parameter.name)].__metadata__[0].help
+    return group
+
+
 def _outcome(words: list[str]) -> int:
     as_json = "--json" in words
     try:
-        code = app(words, prog_name="fedge", standalone_mode=False)
+        code = _commands()(words, prog_name="fedge", standalone_mode=False)
     except FedgeError as error:
         return _fault(error.reason, str(error), error.exit_code, as_json)
     except click.ClickException as error:

@@ -6,7 +6,6 @@ object. Must never import a strategy, a data set or a framework.
 """
 
 import math
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from msgspec import Meta, Struct
 from fedge import toml
 from fedge.core.errors import ExperimentError
 from fedge.core.limits import Limits
-from fedge.core.registry import nearest
+from fedge.core.registry import explained, nearest
 
 Component = dict[str, Any]
 Count = Annotated[int, Meta(ge=1)]
@@ -27,6 +26,8 @@ NotNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 UPDATES_IF_ENDLESS = 2000  # a stop without updates, versions or seconds might never come
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+NAME_IN_WORDS = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or a digit"
 TRACKERS = ("files", "tensorboard")
 
 
@@ -51,7 +52,7 @@ class Stop(Struct, frozen=True, kw_only=True):
 class General(Struct, frozen=True, kw_only=True):
     """[experiment]"""
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "fedge"  # begins the run folder's name
+    name: Annotated[str, Meta(pattern=NAME)] = "fedge"  # begins the run folder's name
     seed: int = 0  # every random number is derived from it
     evaluate_updates: Count = 10  # accepted updates between two evaluations on the test set
     stop: Stop = Stop()
@@ -165,7 +166,7 @@ def of(data: Mapping[str, Any]) -> Experiment:
     try:
         experiment = msgspec.convert(data, Experiment)
     except msgspec.ValidationError as error:
-        raise ExperimentError(_sentence(str(error))) from None
+        raise ExperimentError(_sentence(error)) from None
     _check_values(experiment)
     return experiment
 
@@ -258,12 +259,11 @@ def _check_values(experiment: Experiment) -> None:
         raise ExperimentError("[simulation] network: outages need both up_s and down_s; give both or neither.")
 
 
-def _sentence(message: str) -> str:
-    """What msgspec says, "Expected ... - at `$.a.b`" as "[a] b: expected ..."."""
-    found = re.fullmatch(r"(.*?)(?: - at `\$\.?(.*?)`)?", message, re.DOTALL)
-    what, path = found.groups() if found else (message, None)
-    what = what.replace("`null`", "nothing").replace("`object`", "a table")
-    return f"{_place(path)}: {what[0].lower()}{what[1:]}." if path else f"{what}."
+def _sentence(error: msgspec.ValidationError) -> str:
+    """What is wrong, as "[a] b: expected ..."."""
+    path, what = explained(error)
+    what = what.replace(f"text matching regex {NAME!r}", NAME_IN_WORDS)
+    return f"{_place(path)}: {what}." if path else f"{what[0].upper()}{what[1:]}."
 
 
 def _place(path: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from fedge.experiment import Stop
 from fedge.tally import Tally
@@ -55,12 +56,12 @@ class Progress:
         """One line per evaluation where there is no terminal."""
         if self._live is None:
             shown = "  ".join(f"{name} {value}" for name, value in self._rows(line))
-            self._console.print(shown, highlight=False, soft_wrap=True)
+            self._console.print(shown, markup=False, highlight=False, soft_wrap=True)
 
     def _rows(self, line: Mapping[str, Any]) -> list[tuple[str, str]]:
         tally = self._tally
         accuracy = line.get("accuracy")
-        return [
+        rows = [
             ("time", duration(tally.t)),
             ("wall", duration(time.monotonic() - self._began)),
             ("version", str(tally.version)),
@@ -69,6 +70,7 @@ class Progress:
             ("staleness", f"{tally.staleness_mean:.2f}"),
             ("sent up", size(tally.bytes_up)),
         ]
+        return [*rows, ("failures", tally.failures)] if tally.failures else rows
 
     def _table(self) -> Table:
         line = self._tally.lines[-1] if self._tally.lines else {}
@@ -78,7 +80,7 @@ class Progress:
         table = Table.grid(padding=(0, 2))
         table.add_row(f"[bold]{self._title}", "")
         for name, value in rows.items():
-            table.add_row(f"[dim]{name}", value)
+            table.add_row(f"[dim]{name}", Text(value))
         return table
 
     def _share(self) -> float:

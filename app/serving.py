@@ -7,6 +7,7 @@ protocol itself.
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,17 @@ import numpy as np
 
 from fedge import build, trackers
 from fedge import experiment as experiments
-from fedge.client.connection import Connection, channel_options
+from fedge.client.connection import Connection, channel_options, check_form
 from fedge.client.data import load
-from fedge.client.runtime import Summary, run_client
-from fedge.client.trainer import Shard
+from fedge.client.runtime import Progress, Summary, run_client
+from fedge.client.trainer import Shard, Trainer
 from fedge.core.errors import AddressError, ExperimentError
 from fedge.core.limits import Limits
 from fedge.experiment import Experiment
 from fedge.protos import fedge_pb2 as pb
 from fedge.protos.fedge_pb2_grpc import CoordinatorStub
 from fedge.runs import Recorder, Run, Watcher
-from fedge.server.coordinator.serving import serve
+from fedge.server.coordinator.serving import check_address, check_free, serve
 from fedge.server.machine.events import Record
 from fedge.simulation.engine import Meter
 
@@ -46,7 +47,10 @@ def coordinate(
 
     Started again on the same folder, it goes on where it was. Raises leaves of FedgeError.
     """
+    check_address(listen, allow_remote)
+    check_free(listen)  # before there is a folder that would be left behind
     dataset = load(experiment.data.dataset)
+    build.check_target(experiment, dataset)
     trainer = build.trainer(experiment, dataset)
     clients = build.expected(experiment) or len(build.shards(experiment, dataset))
     plan = build.federation(experiment, trainer.layout, clients)
@@ -59,7 +63,7 @@ def coordinate(
             listen=listen,
             state_dir=folder / "state",
             on_record=line.record,
-            evaluate=trainer.evaluate if len(dataset.x_test) else None,
+            evaluate=trainer.evaluate if build.measurable(experiment, dataset) else None,
             recorded=recorder.recorded,
             experiment_text=experiments.resolved(experiment),
             on_listening=on_listening,
@@ -96,31 +100,51 @@ def participate(
     name: str,
     shard: int | None,
     folder: Path | None,
-    progress: Callable[[str, Mapping[str, Any]], None],
+    progress: Progress | None,
 ) -> Summary:
     """Be a device until the run ends. Without an experiment of its own it takes the coordinator's, within limits.
 
-    `shard` is the part of the partition to train on; None: the whole data set. Raises leaves of FedgeError.
+    `shard` is the part of the partition to train on; None: the whole data set. `progress` as for run_client. Raises
+    leaves of FedgeError.
     """
-    plan = experiment or offered(address, name)
-    dataset = load(plan.data.dataset)
-    trainer = build.trainer(plan, dataset)
-    indices: Shard = np.arange(len(dataset.y_train), dtype=np.int64)
-    if shard is not None:
-        parts = build.shards(plan, dataset)
-        if not 0 <= shard < len(parts):
-            raise ExperimentError(f"--shard {shard}: the partition has shards 0 to {len(parts) - 1}.")
-        indices = parts[shard]
+    if experiment is not None:
+        plan, (trainer, indices) = experiment, prepared(experiment, shard)
+    else:
+        with membership(address, name) as text:
+            plan = offered(text)
+            trainer, indices = prepared(plan, shard)
     return run_client(address, name, trainer, indices, folder=folder, limits=plan.deploy.limits, progress=progress)
 
 
-def offered(address: str, name: str) -> Experiment:
-    """The coordinator's experiment, settled. Raises ExperimentError where it names code or files of this device."""
+def prepared(plan: Experiment, shard: int | None) -> tuple[Trainer, Shard]:
+    """The trainer of a device, and what of the data it trains on."""
+    dataset = load(plan.data.dataset)
+    trainer = build.trainer(plan, dataset)
+    if shard is None:
+        return trainer, np.arange(len(dataset.y_train), dtype=np.int64)
+    parts = build.shards(plan, dataset)
+    if not 0 <= shard < len(parts):
+        raise ExperimentError(f"--shard {shard}: the partition has shards 0 to {len(parts) - 1}.")
+    return trainer, parts[shard]
+
+
+@contextmanager
+def membership(address: str, name: str) -> Iterator[str]:
+    """Join, for the text of the coordinator's experiment; who cannot go on from there leaves."""
     connection = Connection(address, name, Limits())
     try:
-        text = connection.join().experiment
+        text = str(connection.join().experiment)
+        try:
+            yield text
+        except BaseException:
+            connection.leave()
+            raise
     finally:
         connection.close()
+
+
+def offered(text: str) -> Experiment:
+    """The coordinator's experiment, settled. Raises ExperimentError where it names code or files of this device."""
     if not text:
         raise ExperimentError("The coordinator sends no experiment; name the experiment file after its address.")
     found = experiments.parse(text)
@@ -159,6 +183,7 @@ def dotted(value: Any, key: str = "") -> Iterator[str]:
 def status(address: str) -> dict[str, Any]:
     """How the run at "host:port" stands, as plain data. Raises AddressError where nobody answers."""
     limits = Limits()
+    check_form(address)
     with grpc.insecure_channel(address, channel_options(limits)) as channel:
         stub: Any = CoordinatorStub(channel)  # type: ignore[no-untyped-call]
         try:

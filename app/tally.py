@@ -25,6 +25,7 @@ class Tally:
     staleness_sum: int = 0
     staleness_max: int = 0
     finished: str = ""
+    last_failure: str = ""
     time_to_target_s: float | None = None
     counts: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
@@ -41,8 +42,11 @@ class Tally:
         elif record.kind == "aggregated":
             self.version = values["version"]
             self.updates += len(values["members"])
-        elif record.kind == "refused":
+        elif record.kind == "refused" and not self.finished:  # what comes after the end is no fault
             self.refused[values["reason"]] += 1
+            self.last_failure = values.get("detail") or values["reason"]
+        elif record.kind == "failed":
+            self.last_failure = values["reason"]
         elif record.kind == "finished":
             self.finished = values["reason"]
 
@@ -70,6 +74,17 @@ class Tally:
         """Versions between base and arrival, over all accepted updates; 0 where there are none."""
         return self.staleness_sum / self.arrived if self.arrived else 0.0
 
+    @property
+    def failures(self) -> str:
+        """What came to nothing, and what was said last; empty where nothing did."""
+        counted = {
+            "tasks failed": self.counts["failed"],
+            "updates refused": self.refused.total(),
+            "clients shut out": self.counts["evicted"],
+        }
+        words = ", ".join(f"{what}: {count}" for what, count in counted.items() if count)
+        return f"{words} (last: {self.last_failure})" if words else ""
+
     def summary(self) -> dict[str, Any]:
         """What of summary.json follows from the records alone."""
         accuracies, losses = self.column("accuracy"), self.column("loss")
@@ -86,6 +101,7 @@ class Tally:
             "expired": self.counts["expired"],
             "left": self.counts["left"],
             "evicted": self.counts["evicted"],
+            "failures": self.failures,
             "updates_by_client": dict(self.updates_by_client),
             "bytes_up": self.bytes_up,
             "bytes_down": int(max(self.column("bytes_down"), default=0)),

@@ -1,7 +1,8 @@
 """The coordinator on loopback, journal on: how long a round takes, how fast updates come in, what memory it needs.
 
-The coordinator is a process of its own with its state folder on disk; the mock clients of `mock_clients.py` are coroutines
-of this one. Uploads are compared with a bare gRPC client stream that takes the same chunks and does nothing with them.
+The coordinator is a process of its own with its state folder on disk; the mock clients of `mock_clients.py` are
+coroutines of this one. Uploads are compared with a bare gRPC client stream that takes the same chunks and does nothing
+with them.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +28,8 @@ from fedge.protos import fedge_pb2 as pb
 MIB = 1 << 20
 FLOAT_BYTES = 4
 SAMPLE_S = 0.02
+ANON, FILE = "RssAnon", "RssFile"
+_PATIENCE_S = 600.0
 FLOWER_ROUND_S = 6.1  # its deployment engine, two SuperNodes on loopback, the same 1 MiB model; it polls every 3 s
 
 
@@ -121,7 +125,7 @@ async def rounds(plan: Plan) -> tuple[list[dict[str, Any]], list[Goal]]:
         await asyncio.gather(*(mock.work() for mock in mocks))
         moments = (await server.line())["aggregated_s"]
         await closed(mocks)
-    steps = sorted(after - before for before, after in zip(moments, moments[1:]))
+    steps = sorted(after - before for before, after in pairwise(moments))
     middle = median(steps)
     rows = [
         {"what": "median round, 10 clients, 1 MiB", "value": round(middle * 1e3, 1), "unit": "ms"},
@@ -140,8 +144,10 @@ async def uploads(plan: Plan) -> tuple[list[dict[str, Any]], list[Goal]]:
     """One large update after the other, into the coordinator and into the bare stream in turns."""
     size = plan.upload_mib * MIB // FLOAT_BYTES
     payload = Payload(size)
-    # One client more than uploads, which never answers: closing a round is not part of an upload.
-    async with started(clients=plan.uploads + 1, size=size, versions=1) as server, started() as floor:
+    # One client more than uploads, which never answers: closing a round is not part of an upload. Those that wait for
+    # their turn have no stream open, and are not to be taken for gone.
+    whole_run = {"clients": plan.uploads + 1, "size": size, "versions": 1, "liveness_s": _PATIENCE_S}
+    async with started(**whole_run) as server, started() as floor:
         bare = Mock(floor.address, "bare", payload)
         await bare.send(pb.Task())  # once for the connection
         mocks = [Mock(server.address, f"device-{number}", payload) for number in range(plan.uploads + 1)]
@@ -175,18 +181,17 @@ async def memory(plan: Plan) -> tuple[list[dict[str, Any]], list[Goal]]:
         await server.line()
         peak = server.memory()["VmHWM"]
         await closed(mocks)
-    empty = server.empty["RssAnon"] + server.empty["RssFile"]
-    beyond = (peak - empty) / model
-    anon = (server.anon - server.empty["RssAnon"]) / model
-    mapped = (server.file - server.empty["RssFile"]) / model
-    loaded = (idle["RssAnon"] + idle["RssFile"] - empty) / model
+    anon, mapped = ((seen - server.empty[kind]) / model for seen, kind in ((server.anon, ANON), (server.file, FILE)))
+    resting = sum(idle[kind] - server.empty[kind] for kind in (ANON, FILE)) / model
+    whole = (peak - server.empty[ANON] - server.empty[FILE]) / model
     rows = [
-        {"what": f"peak memory, {clients} clients, {plan.memory_mib} MiB", "value": round(beyond, 2), "unit": "models"},
-        {"what": "of it, anonymous (highest seen)", "value": round(anon, 2), "unit": "models"},
-        {"what": "of it, pages of mapped files (highest seen)", "value": round(mapped, 2), "unit": "models"},
-        {"what": "idle, with its model", "value": round(loaded, 2), "unit": "models"},
+        {"what": f"its own memory at the peak, {clients} clients, {plan.memory_mib} MiB", "value": round(anon, 2)},
+        {"what": "pages of update files mapped for reading, which the system may take back", "value": round(mapped, 2)},
+        {"what": "both, as the kernel's high-water mark has it", "value": round(whole, 2)},
+        {"what": "idle, with its model", "value": round(resting, 2)},
     ]
-    return rows, [goal("peak memory beyond a coordinator without a model (models)", beyond, "<= 4")]
+    name = "peak of its own memory beyond a coordinator without a model (models)"
+    return [{**one, "unit": "models"} for one in rows], [goal(name, anon, "<= 4")]
 
 
 async def fleet(plan: Plan) -> tuple[list[dict[str, Any]], list[Goal]]:

@@ -1,7 +1,7 @@
 """A coordinator, or a bare gRPC server, as a process of its own, for the coordinator benchmark.
 
-Run as `python -m benchmarks.coordinator_process PLAN`, PLAN being JSON. It prints JSON lines: its memory before there is
-a model, the address once it listens, and the times at which versions were aggregated (seconds) once the run has ended.
+Run as `python -m benchmarks.coordinator_process PLAN`, PLAN being JSON. It prints JSON lines: its memory before there
+is a model, the address once it listens, and at the end the times (seconds) at which versions were aggregated.
 The bare server takes the same client stream in the same chunks and does nothing with it: the floor.
 """
 
@@ -27,7 +27,6 @@ from fedge.strategies.optimizers import OPTIMIZERS
 from fedge.strategies.schedulers import SCHEDULERS
 from fedge.strategies.weighers import STALENESS, WEIGHERS
 
-_PATIENCE_S = 600.0  # mocks that wait for their turn have no stream open
 KINDS = ("RssAnon", "RssFile", "VmHWM")
 
 
@@ -43,7 +42,7 @@ def say(**line: Any) -> None:
     print(json.dumps(line), flush=True)
 
 
-async def coordinate(clients: int, size: int, versions: int, state: str) -> None:
+async def coordinate(clients: int, size: int, versions: int, state: str, liveness_s: float = 30.0) -> None:
     """One run of FedAvg, with its journal, until so many versions are out."""
     layout = Layout(("parameters",), ((size,),), size)
     federation = Federation(
@@ -55,7 +54,7 @@ async def coordinate(clients: int, size: int, versions: int, state: str) -> None
         optimizer=OPTIMIZERS.build({"kind": "sgd"}),
         expected=clients,
         stop=Stop(versions=versions),
-        limits=Limits(liveness_s=_PATIENCE_S),
+        limits=Limits(liveness_s=liveness_s),
     )
     moments: list[float] = []
 

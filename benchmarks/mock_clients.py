@@ -74,7 +74,8 @@ class Mock:
         async for offer in call:
             if offer.WhichOneof("offer") == "task":
                 call.cancel()
-                return offer.task
+                task: pb.Task = offer.task
+                return task
         raise RuntimeError("the run ended before there was a task")
 
     async def send(self, task: pb.Task) -> None:

@@ -36,6 +36,7 @@ class NumpyModel(StatefulModel):  # type: ignore[misc]  # pfl is not typed
         self._difference = np.empty_like(self.vector)
 
     def evaluate(self, *_: Any) -> Metrics:
+        """Nothing to measure."""
         return Metrics()
 
     def save(self, dir_path: str) -> None:
@@ -45,19 +46,23 @@ class NumpyModel(StatefulModel):  # type: ignore[misc]  # pfl is not typed
         """Nothing is kept."""
 
     def get_parameters(self, placeholders: Any = None) -> Any:
+        """A copy, in the placeholders where given."""
         if placeholders is None:
             return MappedVectorStatistics({KEY: self.vector.copy()})
         np.copyto(placeholders[KEY], self.vector)
         return placeholders
 
     def set_parameters(self, w: Any) -> None:
+        """Back to these."""
         np.copyto(self.vector, w[KEY])
 
     def get_model_difference(self, other_parameters: Any, clone: bool = False) -> Any:
+        """What training changed."""
         out = None if clone else self._difference
         return MappedVectorStatistics({KEY: np.subtract(self.vector, other_parameters[KEY], out=out)})
 
     def apply_model_update(self, statistics: Any) -> tuple["NumpyModel", Metrics]:
+        """Add the mean."""
         self.vector += statistics[KEY]
         return self, Metrics()
 
@@ -66,6 +71,7 @@ class Trivial(FederatedAveraging):  # type: ignore[misc]
     """Federated averaging whose local training is one multiplication."""
 
     def train_one_user(self, initial_model_state: Any, model: Any, user_dataset: Any, central_context: Any) -> Any:
+        """(statistics, metrics) of one client."""
         np.multiply(model.vector, np.float32(1 - RATE), out=model.vector)
         return model.get_model_difference(initial_model_state), Metrics()
 

@@ -1,4 +1,4 @@
-"""What fedge's simulation costs: per client and round beside a bare loop, pfl and Flower; per local step beside PyTorch.
+"""What the simulation costs: per client and round beside a bare loop, pfl and Flower; per local step beside PyTorch.
 
 Part one gives every engine the trivial client of `trivial.py`, so that what is left is overhead. fedge, the bare loop
 and pfl run in turns in this process, Flower in one of its own, since it starts Ray. Part two trains the same network
@@ -57,7 +57,7 @@ class Plan:
         return max(self.least_rounds, self.client_rounds // clients)
 
 
-FULL = Plan((10, 100, 1000), 2000, 3, 9, 5, 200, 21)
+FULL = Plan((10, 100, 1000), 5000, 3, 7, 5, 200, 21)
 QUICK = Plan((100,), 500, 3, 3, 2, 40, 5)
 
 

@@ -1,7 +1,7 @@
 """The work that every engine does in the simulation benchmark: a client whose training is one multiplication.
 
-A client moves the 1 MiB model by a constant factor and claims 1 to 7 examples; a round is the mean of the moves weighted
-by examples, taken from the model. Must never import an engine.
+A client moves the 1 MiB model by a constant factor and claims 1 to 7 examples; a round is the mean of the moves
+weighted by examples, taken from the model. Must never import an engine.
 """
 
 import numpy as np

@@ -73,6 +73,13 @@ def channel_options(limits: Limits) -> list[tuple[str, int]]:
     ]
 
 
+def check_form(address: str) -> None:
+    """Raises AddressError for what is no "host:port"."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 1 << 16:
+        raise AddressError(f"{address!r} is no address; write host:port, such as 127.0.0.1:7443.")
+
+
 class Connection:
     """One client's line to the coordinator at "host:port". Methods may be called from any thread.
 
@@ -82,9 +89,7 @@ class Connection:
     """
 
     def __init__(self, address: str, name: str, limits: Limits, *, layout_hash: str = "", examples: int = 0) -> None:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
-            raise AddressError(f"{address!r} is no address; write host:port, e.g. 127.0.0.1:8077.")
+        check_form(address)
         self.address = address
         self.limits = limits
         self.sender = pb.Sender(client=name, incarnation=secrets.token_hex(16))

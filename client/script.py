@@ -1,6 +1,6 @@
 """An existing training script as a client, in three lines.
 
-    session = fedge.client.connect("127.0.0.1:8077", name="site-1", examples=len(data), layout=model)
+    session = fedge.client.connect("127.0.0.1:7443", name="site-1", examples=len(data), layout=model)
     while (task := session.receive(model)) is not None:
         ...  # train `model` for task.steps steps, as ever
         session.send(model.state_dict(), metrics={"loss": loss})
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fedge.client.session import Session
-from fedge.core.errors import RefusedUpdate, TrainerError
+from fedge.core.errors import RefusedUpdate, TaskSpent, TrainerError
 from fedge.core.limits import Limits
 from fedge.core.params import Array, Layout
 from fedge.core.task import DELTA, Broadcast, Scalar, Task, Update
@@ -61,6 +61,7 @@ class Script:
         self._session = session
         self._name, self._examples, self._layout = name, examples, layout
         self._work: tuple[Task, Broadcast] | None = None
+        self._spent = ""  # a refusal that is no fault if the run turns out to be over
         if session.unsettled:
             self._settled(session.resend)
 
@@ -77,6 +78,9 @@ class Script:
         if self._work:
             self._session.fail(self._work[0], "The script asked for another task and sent nothing for this one.")
         self._work = self._session.receive()
+        if self._spent and self._work:
+            log.warning("%s", self._spent)
+        self._spent = ""
         if self._work is None:
             self.close()
             return None
@@ -130,7 +134,11 @@ class Script:
         try:
             send()
         except RefusedUpdate as error:
-            log.warning("an update was refused (%s): %s", error.reason, error)
+            sentence = f"an update was refused ({error.reason}): {error}"
+            if isinstance(error, TaskSpent):
+                self._spent = sentence
+            else:
+                log.warning("%s", sentence)
             return False
         return True
 

@@ -48,6 +48,8 @@ class Session:
             self.run_id = self._connection.join().run_id
             self._spool = Spool(folder, name, self.run_id) if folder else None
         except FedgeError:
+            if self._connection.terms.run_id:  # joined, but the folder cannot be used
+                self._connection.leave()
             self._connection.close()
             raise
         self.state: ClientState = self._spool.state if self._spool else {}

@@ -23,7 +23,7 @@ from torch.nn import functional
 from fedge.client.flat_model import FlatModel
 from fedge.client.trainer import ClientState, Shard
 from fedge.core import random
-from fedge.core.errors import DataError, ExperimentError, FedgeError, TrainerError
+from fedge.core.errors import DataError, ExperimentError, FedgeError, ModelError, TrainerError
 from fedge.core.params import Array, Vector
 from fedge.core.registry import load, nearest
 from fedge.core.task import DELTA, Broadcast, Task, Update
@@ -150,10 +150,24 @@ class TorchTrainer:
             for start in range(0, len(x), _EVALUATION_BATCH):
                 labels = y[start : start + _EVALUATION_BATCH]
                 output = model(x[start : start + _EVALUATION_BATCH])
+                self._check_outputs(output)
                 loss += float(self._loss(output, labels)) * len(labels)
                 hits += float((output.argmax(1) == labels).float().mean()) * len(labels) if classes else 0.0
         metrics = {"loss": loss / len(x)}
         return {"accuracy": hits / len(x), **metrics} if classes else metrics
+
+    @cached_property
+    def _classes(self) -> int:
+        """How many classes the labels tell of; 0 where they are no classes, or the loss is one's own."""
+        known = [y for y in (self._dataset.y_train, self._dataset.y_test) if y.dtype.kind in "iu" and len(y)]
+        return int(max((y.max() for y in known), default=-1)) + 1 if self._loss is functional.cross_entropy else 0
+
+    def _check_outputs(self, output: torch.Tensor) -> None:
+        if output.ndim == 2 and output.shape[1] < self._classes:
+            raise ModelError(
+                f"The model has {output.shape[1]} outputs and the data {self._classes} classes; "
+                "let the factory make one output per class."
+            )
 
     @cached_property
     def _train_set(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,6 +219,8 @@ class TorchTrainer:
         for step, indices in zip(range(steps), batches):
             batch = x.index_select(0, indices), y.index_select(0, indices)
             output = model(batch[0])
+            if step == 0:
+                self._check_outputs(output)
             loss = self._loss(output, batch[1])
             total += loss.detach()
             if step == 0:
@@ -277,7 +293,7 @@ def _local_optimizer(
     try:
         fresh(Task("", "every client", 0, 1))
     except (TypeError, ValueError, TrainerError) as error:
-        raise ExperimentError(f"client.optimizer ({kind}): {error}.") from error
+        raise ExperimentError(f"client.optimizer ({kind}): {str(error).rstrip('.')}.") from error
     return fresh
 
 

@@ -5,6 +5,11 @@ Owns the defaults; `[deploy.limits]` of an experiment file overrides single fiel
 
 from dataclasses import dataclass
 
+# What a data set may claim before its bytes are taken at their word.
+MAX_DATASET_BYTES = 16 << 30  # all arrays, unpacked
+MAX_DATASET_ARRAYS = 1024
+MAX_CLASSES = 1_000_000  # a label as large as a hash is a mistake, and would make as many classes
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

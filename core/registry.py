@@ -7,6 +7,7 @@ Must never import the components it names before one is asked for: entries are d
 import dataclasses
 import difflib
 import importlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,12 +15,33 @@ import msgspec
 
 from fedge.core.errors import ExperimentError, FedgeError
 
+_KINDS = {  # as a user of TOML knows them
+    "int": "an integer",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a table",
+    "null": "nothing",
+}
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A clause that names the closest known word, or lists all."""
     known = list(known)
     close = difflib.get_close_matches(word, known, 1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}."
+
+
+def explained(error: msgspec.ValidationError) -> tuple[str, str]:
+    """(the dotted key, what is wrong with its value in plain words) of "Expected `int`, got `str` - at `$.a.b`"."""
+    message, _, path = str(error).partition(" - at `$")
+    words = re.sub("`([^`]*)`", lambda found: " or ".join(map(_named, found[1].split(" | "))), message)
+    return path.strip("`").lstrip("."), words[0].lower() + words[1:]
+
+
+def _named(kind: str) -> str:
+    return _KINDS.get(kind, f"`{kind}`")
 
 
 def load(path: str, where: str) -> Any:
@@ -70,4 +92,6 @@ class Registry:
         try:
             return msgspec.convert(values, cls)
         except msgspec.ValidationError as error:
-            raise ExperimentError(f"{self.slot} ({kind}): {error}.") from None
+            path, what = explained(error)
+            where = f"{self.slot}.{path}" if path else f"{self.slot} ({kind})"
+            raise ExperimentError(f"{where}: {what}.") from None

@@ -21,7 +21,7 @@ SIMULATION = {
 COORDINATOR = {
     "median round, 10 clients, 1 MiB (ms)",
     "updates in over a bare gRPC stream",
-    "peak memory beyond a coordinator without a model (models)",
+    "peak of its own memory beyond a coordinator without a model (models)",
 }
 
 

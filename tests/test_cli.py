@@ -1,7 +1,9 @@
 """The command line and the public functions: real runs on real data, and every refusal in one line."""
 
+import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import fedge
 from fedge import experiment as experiments
 from fedge import serving
 from fedge.core.errors import ExperimentError
+from tests.coordinator_fixture import plan, room
 
 with warnings.catch_warnings():  # typer still imports what click has deprecated
     warnings.filterwarnings("ignore", ".*Click 9", DeprecationWarning)
@@ -161,10 +164,104 @@ def test_init_writes_an_experiment_once(tmp_path: Path, capsys: pytest.CaptureFi
     assert "is there already" in err
 
 
+def test_init_where_nothing_can_be_written_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    code, _, err = call(capsys, "init", tmp_path / "file" / "new")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "name another folder" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("init", ["The folder it goes to"]),
+        ("run", ["The experiment file.", "runs/NAME-DATE-TIME", "--processes"]),
+        ("serve", ["The experiment file.", "deploy.listen", "runs/NAME"]),
+        ("join", ["host:port of the coordinator.", "the coordinator's.", "client-00K", "on all data", "nowhere"]),
+        ("report", ["A run folder."]),
+        ("compare", ["Run folders.", "the runs' own"]),
+        ("status", ["host:port of the coordinator."]),
+    ],
+)
+def test_help_shows_every_argument_and_what_holds_without_it(
+    command: str, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 200)
+    code, out, _ = call(capsys, command, "--help")
+    assert code == 0
+    assert [word for word in words if word not in out] == []
+
+
+def test_no_help_text_holds_markup() -> None:
+    for command in cli._commands().commands.values():
+        for parameter in command.params:
+            assert parameter.help, f"{command.name} {parameter.name}"
+            assert "[" not in parameter.help
+
+
+def test_without_a_command_there_is_help_and_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys)
+    assert (code, err) == (0, "")
+    assert "compare" in out
+
+
+def test_the_log_of_grpc_is_off_unless_asked_for() -> None:
+    code = "import os, sys, atexit, fedge.cli; atexit.register(lambda: print(os.environ['GRPC_VERBOSITY']))"
+    code += "; fedge.cli.main(['--version'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [fedge.__version__, "NONE"]
+
+
 def test_help_is_cheap() -> None:
     code = "import sys, fedge.cli; print({'numpy', 'torch', 'msgspec', 'grpc', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+# ---- runs that come to nothing -----------------------------------------------------------------
+
+BROKEN = """
+import numpy as np
+from fedge.client.trainer import FunctionTrainer
+
+def always(experiment, dataset):
+    return FunctionTrainer(np.zeros(3), fail)
+
+def fail(weights, task, shard):
+    raise ValueError("no [camera]")
+
+def first(experiment, dataset):
+    failing = iter([True])
+    return FunctionTrainer(np.zeros(3), lambda weights, *_: fail(*_, 0) if next(failing, False) else weights)
+"""
+
+
+@pytest.fixture
+def broken(small: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    Path("fedge_broken_trainer.py").write_text(BROKEN)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    return small
+
+
+def test_a_run_whose_clients_all_fail_is_an_error_with_its_folder_written(
+    broken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call(
+        capsys, "run", broken, "--quiet", "--out", "out", "--set", "client.trainer=fedge_broken_trainer:always"
+    )
+    assert (code, out) == (5, "")
+    assert err.startswith("error: All 2 clients were shut out; the last said: client-00")
+    assert "no [camera]" in err
+    summary = fedge.load_run("out").summary
+    assert (summary["finished"], summary["updates"], summary["evicted"]) == ("idle", 0, 2)
+    assert "no [camera]" in summary["failures"]
+
+
+def test_a_run_with_a_failure_says_so(broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "run", broken, "--out", "out", "--set", "client.trainer=fedge_broken_trainer:first")
+    assert code == 0
+    assert "tasks failed: 1 (last: client-00" in out
+    assert "tasks failed: 1 (last: client-00" in err
 
 
 # ---- errors ------------------------------------------------------------------------------------
@@ -188,6 +285,8 @@ def test_help_is_cheap() -> None:
         (["serve", "small.toml", "--listen", "0.0.0.0:0"], 6, "ADDRESS"),
         (["serve", "small.toml", "--listen", "nonsense"], 6, "ADDRESS"),
         (["status", "127.0.0.1:1"], 6, "ADDRESS"),
+        (["status", "foo"], 6, "ADDRESS"),
+        (["init", "/proc/fedge"], 2, "BAD_EXPERIMENT"),
         (["join", "nonsense"], 6, "ADDRESS"),
         (["join", "127.0.0.1:1", "small.toml", "--shard", "7"], 2, "BAD_EXPERIMENT"),
         (["join", "127.0.0.1:1", "--set", "client.batch_size=1"], 2, "BAD_EXPERIMENT"),
@@ -245,6 +344,57 @@ def test_ctrl_c_exits_130_and_leaves_what_there_is(small: Path) -> None:
 
 
 # ---- coordinator and devices -------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small")
+def test_a_serve_that_fails_leaves_no_folder_behind(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for listen, why in (
+            (f"127.0.0.1:{port}", "in use"),
+            ("nonsense", "is no address"),
+            ("0.0.0.0:0", "--insecure-remote"),
+        ):
+            code, _, err = call(capsys, "serve", "small.toml", "--quiet", "--listen", listen)
+            assert (code, len(err.splitlines())) == (6, 1)
+            assert why in err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("small")
+def test_ctrl_c_on_serve_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serving, "coordinate", interrupted)
+    code, _, err = call(capsys, "serve", "small.toml", "--quiet")
+    assert code == 130
+    assert "the same command goes on with the run" in err
+
+
+@pytest.mark.parametrize(
+    ("setting", "shard", "sentence"),
+    [
+        ("experiment.seed=1", 99, "--shard 99"),
+        ("model.factory=os:getcwd", 0, "coordinator may"),
+        ("client.trainer=os:getcwd", 0, "coordinator may"),
+    ],
+)
+def test_who_is_refused_on_joining_leaves_no_ghost(tmp_path: Path, setting: str, shard: int, sentence: str) -> None:
+    def device(address: str) -> None:
+        serving.participate(address, None, name="ghost", shard=shard, folder=None, progress=None)
+
+    async def scenario() -> None:
+        async with room(tmp_path, plan(clients=1)) as made:
+            made.coordinator.experiment_text = experiments.resolved(experiments.parse(SMALL, [setting]))
+            with pytest.raises(ExperimentError, match=sentence):
+                await asyncio.to_thread(device, made.address)
+            states = await made.coordinator.ask(lambda machine: [one.state for one in machine.clients.values()])
+            assert states == ["absent"]
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.slow

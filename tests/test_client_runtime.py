@@ -1,5 +1,6 @@
 """The client against a coordinator that cuts, forgets, refuses and restarts: nothing finished is lost."""
 
+import logging
 import os
 import signal
 import socket
@@ -19,10 +20,12 @@ from fedge.client.spool import Spool
 from fedge.client.trainer import FunctionTrainer
 from fedge.core.errors import (
     AddressError,
+    DataError,
     ModelError,
     NotJoined,
     RefusedClient,
     StaleIncarnation,
+    TaskSpent,
     TooStale,
     TrainerError,
 )
@@ -236,7 +239,7 @@ def test_a_run_that_ends_while_a_client_trains_lets_it_go(coordinator):
 
     summary = run(coordinator, trainer=trainer(step))
     assert summary.finished == "updates"
-    assert (summary.updates, summary.refused) == (0, 1)
+    assert (summary.updates, summary.refused) == (0, 0)  # that nothing more counts is no fault of it
 
 
 class Proxy:
@@ -301,6 +304,58 @@ def test_a_peer_gone_silent_behind_a_proxy_is_found_and_the_client_comes_back(co
 
 
 # ---- refusals ----------------------------------------------------------------------------------
+
+
+def test_a_spent_task_counts_as_refused_where_the_run_goes_on(coordinator):
+    coordinator.faults["Upload"] = [TaskSpent("This task has ended; fetch a new one.")]
+
+    def step(weights, task, shard):
+        with coordinator._news:
+            coordinator._done["site-1"] += task.id == "site-1-0"
+        return weights + np.arange(SIZE)
+
+    heard = []
+    summary = run(coordinator, trainer=trainer(step), progress=lambda kind, details: heard.append(kind))
+    assert (summary.updates, summary.refused) == (1, 1)
+    assert heard.count("refused") == 1
+
+
+def test_an_update_after_the_end_of_the_run_is_no_fault(coordinator, caplog):
+    coordinator.faults["Upload"] = [TaskSpent("The run is over; nothing more counts.")]
+
+    def step(weights, task, shard):
+        with coordinator._news:
+            coordinator.tasks_each = 0
+            coordinator._news.notify_all()
+        return weights
+
+    summary = run(coordinator, trainer=trainer(step))
+    assert (summary.finished, summary.updates, summary.refused) == ("updates", 0, 0)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_a_failure_is_told_once(coordinator, caplog, listening):
+    failures = iter([True])
+
+    def step(weights, task, shard):
+        if next(failures, False):
+            raise ValueError("a bad batch")
+        return weights
+
+    heard = []
+    progress = (lambda kind, details: heard.append(details.get("detail", ""))) if listening else None
+    run(coordinator, trainer=trainer(step), progress=progress)
+    warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    told = [sentence for sentence in (*heard, *warned) if "a bad batch" in sentence]
+    assert len(told) == 1
+
+
+def test_who_cannot_use_its_folder_leaves(coordinator, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError):
+        run(coordinator, folder=tmp_path / "file")
+    assert coordinator.left == ["site-1"]
 
 
 def test_a_refused_update_is_counted_and_the_client_goes_on(coordinator):

@@ -9,7 +9,7 @@ import pytest
 
 import fedge.client
 from fedge.client.script import layout_of
-from fedge.core.errors import ModelError, TooStale, TrainerError
+from fedge.core.errors import ModelError, TaskSpent, TooStale, TrainerError
 from fedge.core.params import Layout
 from tests.fake_coordinator import FakeCoordinator
 
@@ -85,6 +85,20 @@ def test_a_refused_update_does_not_stop_a_script(coordinator):
     with fedge.client.connect(coordinator.address, "site-1", examples=4, layout=layout) as session:
         assert session.receive() is not None
         assert not session.send({"parameters": np.zeros(SIZE)})
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_a_spent_task_is_a_warning_only_where_the_run_goes_on(coordinator, caplog, over):
+    layout = Layout.of({"parameters": np.zeros(SIZE)})
+    coordinator.faults["Upload"] = [TaskSpent("It is over.")]
+    with fedge.client.connect(coordinator.address, "site-1", examples=4, layout=layout) as session:
+        session.receive()
+        with coordinator._news:
+            coordinator._done["site-1"] = 2 if over else 1
+        assert not session.send({"parameters": np.zeros(SIZE)})
+        assert (session.receive() is None) == over
+    warned = [record for record in caplog.records if "TASK_SPENT" in record.getMessage()]
+    assert len(warned) == (0 if over else 1)
 
 
 def test_the_client_room_loads_without_grpc_and_torch():

@@ -329,10 +329,13 @@ def test_a_failed_task_makes_room_for_another(tmp_path: Path) -> None:
         async with room(tmp_path, plan(clients=1)) as made:
             (peer,) = await made.joined(1)
             task = await peer.task()
-            request = pb.FailRequest(sender=peer.sender, task_id=task.id, reason="out of memory")
+            request = pb.FailRequest(sender=peer.sender, task_id=task.id, reason="out of\nmemory\x1b" + "!" * 1000)
             await peer.stub.Fail(request, timeout=5)
             await peer.stub.Fail(request, timeout=5)
-            assert [line.values["reason"] for line in made.kinds("failed")] == ["out of memory"]
+            [why] = [line.values["reason"] for line in made.kinds("failed")]
+            assert why.startswith("out of memory !!")
+            assert why.isprintable()
+            assert len(why) == LIMITS.max_name_bytes
             assert (await peer.task()).id != task.id
 
     asyncio.run(scenario())
@@ -540,8 +543,14 @@ def test_a_port_in_use_is_an_address_error(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(AddressError, match="choose another"):
+        with pytest.raises(AddressError, match="the port is in use; stop who uses it, or choose another"):
             asyncio.run(served(tmp_path, listen=f"127.0.0.1:{taken.getsockname()[1]}"))
+
+
+@pytest.mark.parametrize("listen", ["192.0.2.7:7443", "no-such-host.invalid:7443"])
+def test_an_address_of_another_machine_is_told_from_a_port_in_use(tmp_path: Path, listen: str) -> None:
+    with pytest.raises(AddressError, match="this machine has no such address"):
+        asyncio.run(served(tmp_path, listen=listen, allow_remote=True))
 
 
 def test_two_coordinators_do_not_share_a_port(tmp_path: Path) -> None:
@@ -614,5 +623,26 @@ def test_serve_returns_the_machine_once_all_know_that_it_is_over(tmp_path: Path)
         assert (machine.updates, machine.finished) == (2, "updates")
         assert lines[-1].kind == "finished"
         await peer.channel.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_finished_run_that_is_served_again_ends_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedge.server.coordinator.serving.GRACE_S", 0.2)  # the device does not come back
+
+    async def scenario() -> None:
+        addresses: asyncio.Queue[str] = asyncio.Queue()
+        again: dict[str, Any] = {
+            "federation": plan(clients=1, stop=Stop(updates=1)),
+            "evaluate": lambda _: {"accuracy": 0.5},
+        }
+        running = asyncio.create_task(served(tmp_path, **again, on_listening=addresses.put_nowait))
+        peer = Peer(await addresses.get(), "device")
+        await peer.join()
+        await peer.upload(await peer.task())
+        await asyncio.wait_for(running, 10)
+        await peer.channel.close()
+        machine = await asyncio.wait_for(served(tmp_path, **again), 10)
+        assert (machine.updates, machine.finished) == (1, "updates")
 
     asyncio.run(scenario())

@@ -1,19 +1,27 @@
 """The experiment file: what is read, what is refused with which sentence, and that writing it back loses nothing."""
 
+import dataclasses
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedge import build, toml
 from fedge import experiment as experiments
-from fedge.core.errors import ExperimentError
+from fedge.client.data import Dataset
+from fedge.core.errors import ExperimentError, TrainerError
+from fedge.strategies.hooks import HOOKS
 
 ROOT = Path(__file__).parents[1]
+X, Y = np.zeros((4, 28, 28), np.uint8), np.zeros(4, np.int64)
+DATA = Dataset(X, Y, X, Y, ("a", "b"))
 
 
 def read(text: str = "", *overrides: str) -> experiments.Experiment:
@@ -112,18 +120,28 @@ def test_overrides_are_toml_or_text() -> None:
         ("[clinet]", "The experiment file has no section 'clinet'; did you mean 'client'?"),
         ("[experiment.stop]\nupdate = 3", "[experiment.stop] has no key 'update'; did you mean 'updates'?"),
         ("[deploy.limits]\nlease = 3", "[deploy.limits] has no key 'lease'; did you mean 'lease_s'?"),
-        ("[client]\nbatch_size = 'x'", "[client] batch_size: expected `int`, got `str`."),
-        ("[client]\nbatch_size = 0", "[client] batch_size: expected `int` >= 1."),
-        ("client = 3", "[client]: expected a table, got `int`."),
-        ("[experiment]\nstop = { target = 1.5 }", "[experiment] stop.target: expected `float` <= 1.0."),
-        ("[experiment]\nstop = { target = 0 }", "[experiment] stop.target: expected `float` > 0.0."),
-        ("[experiment]\nstop = { seconds = -1 }", "[experiment] stop.seconds: expected `float` > 0.0."),
-        ("[experiment]\nname = '../up'", "[experiment] name: "),
+        ("[client]\nbatch_size = 'x'", "[client] batch_size: expected an integer, got text."),
+        ("[client]\nbatch_size = 0", "[client] batch_size: expected an integer >= 1."),
+        ("client = 3", "[client]: expected a table, got an integer."),
+        ("[experiment]\nstop = { target = 1.5 }", "[experiment] stop.target: expected a number <= 1.0."),
+        ("[experiment]\nstop = { target = 0 }", "[experiment] stop.target: expected a number > 0.0."),
+        ("[experiment]\nstop = { seconds = -1 }", "[experiment] stop.seconds: expected a number > 0.0."),
+        ("[experiment]\nname = '../up'", "[experiment] name: expected 1 to 64 letters, digits, '.', '_' or '-', begin"),
         ("[simulation]\njitter = nan", "[simulation] jitter must be finite, not nan."),
         ("[simulation]\nnetwork = { up_s = 3 }", "outages need both up_s and down_s"),
         ("[deploy]\nlimits = { lease_s = 0 }", "[deploy] limits.lease_s is 0.0; a limit must be above 0."),
         ("[report]\nto = ['tensorbord']", "[report] to: no tracker 'tensorbord'; did you mean 'tensorboard'?"),
-        ("[server]\nscheduler = 'compass'", "[server] scheduler: expected a table, got `str`."),
+        ("[server]\nscheduler = 'compass'", "[server] scheduler: expected a table, got text."),
+        (
+            "[server]\nscheduler = { kind = 'compass', min_steps = 'x' }",
+            "server.scheduler.min_steps: expected an integer, got text.",
+        ),
+        ("[server]\nselector = 3", "[server] selector: expected a table or nothing, got an integer."),
+        ("[server]\noptimizer = { kind = 'sdg' }", "server.optimizer: no kind 'sdg'"),
+        ("[server]\nweigher = { kind = 'sdg' }", "server.weigher: no kind 'sdg'"),
+        ("[server]\nstaleness = { kind = 'sdg' }", "server.staleness: no kind 'sdg'"),
+        ("[server]\naggregator = { kind = 'sdg' }", "server.aggregator: no kind 'sdg'"),
+        ("[client]\nhooks = [{ kind = 'sdg' }]", "client.hooks: no kind 'sdg'"),
         ("[server]\nscheduler = { kind = 'compas' }", "no kind 'compas'; did you mean 'compass'?"),
         (
             "[server]\nscheduler = { kind = 'compass', alhpa = 1 }",
@@ -196,6 +214,63 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "e.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ExperimentError, match="Cannot read"):
         build.load_experiment(tmp_path / "e.toml")
+
+
+def test_reading_an_experiment_needs_no_torch() -> None:
+    kinds = ", ".join(f"{{ kind = '{kind}' }}" for kind in HOOKS.entries if kind not in build.HALVES)
+    code = f"""
+import sys
+from fedge import build, experiment
+build.settled(experiment.parse("", ["client.hooks=[{kinds}]"]))
+print({{"torch"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# ---- what is built -----------------------------------------------------------------------------
+
+
+def given_back(experiment: experiments.Experiment, _: Dataset) -> experiments.Experiment:
+    return experiment
+
+
+class Half:
+    """A trainer that forgot to evaluate, and has a layout of its own kind."""
+
+    layout = "flat"
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def initial(self) -> None: ...
+
+    def train(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        (
+            f"{__name__}:given_back",
+            "returned Experiment, which is no trainer: it lacks layout, initial, train, evaluate;",
+        ),
+        (f"{__name__}:Half", "returned Half, which is no trainer: it lacks layout, evaluate; see"),
+    ],
+)
+def test_what_is_no_trainer_is_named(path: str, sentence: str) -> None:
+    with pytest.raises(TrainerError) as caught:
+        build.trainer(experiments.parse("", [f"client.trainer={path}"]), DATA)
+    assert sentence in str(caught.value)
+
+
+def test_a_target_needs_something_to_measure_it_on() -> None:
+    blind = dataclasses.replace(DATA, x_test=DATA.x_test[:0], y_test=DATA.y_test[:0])
+    aim = experiments.parse("", ["experiment.stop.target=0.8"])
+    with pytest.raises(ExperimentError, match=r"experiment\.stop\.target is 0\.8, and the data set has no test images"):
+        build.check_target(aim, blind)
+    build.check_target(aim, DATA)
+    build.check_target(experiments.parse(""), blind)
+    build.check_target(experiments.parse("", ["experiment.stop.target=0.8", "client.trainer=mine:own"]), blind)
 
 
 # ---- the emitter -------------------------------------------------------------------------------

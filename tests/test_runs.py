@@ -21,6 +21,7 @@ from fedge.experiment import Stop
 from fedge.progress import Progress, bar, duration, size, sparkline
 from fedge.runs import Recorder
 from fedge.server.machine.events import Record
+from fedge.tally import Tally
 
 PLAN = build.settled(experiments.parse("", ["experiment.stop.target=0.5", "experiment.name=t"]))
 LAYOUT = Layout(("a", "b"), ((2, 2), (3,)), 7, {"count": np.array(5, np.int64)})
@@ -213,6 +214,26 @@ def test_on_a_terminal_progress_is_a_table() -> None:
     assert "title" in shown
     assert "50%" in shown
     assert sparkline([0.1, 0.6, 0.5]) in shown
+
+
+def test_failures_are_shown_with_the_last_that_was_said() -> None:
+    tally = Tally()
+    for kind, values in (
+        ("failed", {"client": "c0", "task": "x", "reason": "[red] raised"}),
+        ("evicted", {"client": "c0", "reason": "3 tasks"}),
+        ("finished", {"reason": "updates"}),
+        ("refused", {"client": "c1", "task": "y", "reason": "TASK_SPENT", "detail": "The run is over."}),
+    ):
+        tally.record(Record(1.0, kind, values))
+    assert tally.failures == "tasks failed: 1, clients shut out: 1 (last: [red] raised)"
+    assert tally.summary()["failures"] == tally.failures
+    out = io.StringIO()
+    with Progress("title", Stop(updates=4), Console(file=out, width=300)) as progress:
+        progress.begin(tally)
+        progress.metrics({})
+        progress._console.print(progress._table())
+    assert out.getvalue().count(tally.failures) == 2
+    assert Tally().failures == ""
 
 
 def test_small_words() -> None:

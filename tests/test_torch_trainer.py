@@ -240,6 +240,24 @@ def test_a_local_loss_that_diverges_is_said_to(fashion, rate):
         train(trainer, task(200 if rate < 1e10 else 5))
 
 
+def test_a_model_with_fewer_outputs_than_there_are_classes_is_told(fashion):
+    def three():
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 3))
+
+    trainer = TorchTrainer(three, fashion)
+    with pytest.raises(ModelError, match="The model has 3 outputs and the data 10 classes"):
+        trainer.evaluate(trainer.initial())
+    with pytest.raises(ModelError, match="The model has 3 outputs and the data 10 classes"):
+        train(trainer)
+    own = TorchTrainer(three, fashion, loss=lambda output, labels: output.square().mean())
+    assert "loss" in own.evaluate(own.initial())  # a loss of one's own may see in labels what it likes
+
+
+def test_a_wrong_rate_is_one_sentence_with_one_full_stop(fashion):
+    with pytest.raises(ExperimentError, match=r"lr is -1; it must be a number above 0\.$"):
+        TorchTrainer(models.linear, fashion, optimizer={"lr": -1})
+
+
 def test_errors_of_the_users_code_say_who_at_what_and_why(fashion):
     class Broken(nn.Module):
         def __init__(self):

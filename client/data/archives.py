@@ -13,10 +13,9 @@ from typing import IO
 import numpy as np
 
 from fedge.core.errors import DataError
+from fedge.core.limits import MAX_DATASET_ARRAYS, MAX_DATASET_BYTES
 from fedge.core.params import Array
 
-MAX_DATASET_BYTES = 16 << 30  # all arrays of a data set, unpacked
-MAX_DATASET_ARRAYS = 1024
 _ZIP_FAULTS = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _HEADER_FAULTS = (SyntaxError, tokenize.TokenError, MemoryError)  # NumPy reads headers with Python's own parser
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

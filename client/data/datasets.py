@@ -17,10 +17,10 @@ from fedge.client.data.archives import read_npz
 from fedge.client.data.images import read_folder, read_hugging_face, read_torchvision
 from fedge.core import registry
 from fedge.core.errors import DataError, ExperimentError, FedgeError
+from fedge.core.limits import MAX_CLASSES
 from fedge.core.params import Array
 
 EMBEDDED = Path(__file__).with_name("fashion-mnist-10k.npz")
-MAX_CLASSES = 1_000_000  # a label as large as a hash is a mistake, and would make as many classes
 FINITE_BLOCK = 1 << 20  # elements looked at at once, so that the check needs no second copy of the data
 KNOWN = (
     "'fashion-mnist', a .npz file, a folder with train/CLASS/, 'hf:NAME', 'torchvision:NAME' or 'package.module:name'"

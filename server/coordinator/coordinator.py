@@ -117,7 +117,7 @@ class Coordinator:
         self.finished = machine.finished
         self._recorded = self._run.shell.records
         self._wake_s = min(self._run.shell.wakes, default=None)
-        if self._run.shell.evaluated < machine.broadcast.version:
+        if self.finished or self._run.shell.evaluated < machine.broadcast.version:
             self._unmeasured.set()
 
     async def run(self) -> None:

@@ -38,7 +38,6 @@ Context = Any  # grpc.aio.ServicerContext; grpcio is not typed
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
 Handler = Callable[["Service", Request, Context], Awaitable[Reply]]
-_MAX_REASON = 500  # characters of why a task failed
 _log = logging.getLogger("fedge")
 
 
@@ -169,7 +168,7 @@ class Service(fedge_pb2_grpc.CoordinatorServicer):
     async def Fail(self, request: pb.FailRequest, _: Context) -> pb.Empty:  # noqa: N802
         """The client's task comes to nothing. Harmless where it has ended already."""
         session = self._check(request.sender)
-        await self._fail(session.client, request.task_id, request.reason[:_MAX_REASON])
+        await self._fail(session.client, request.task_id, wire.clip(request.reason, self.limits))
         return pb.Empty()
 
     async def _fail(self, client: str, task_id: str, reason: str) -> None:
@@ -279,7 +278,9 @@ def _admit(machine: Machine, client: str, task_id: str) -> bool:
         raise NotYourTask("This task was issued to another client.")
     if record.state == "counted":
         return True
-    if record.state in ("refused", "failed") or machine.finished:
+    if machine.finished:
+        raise TaskSpent("The run is over; nothing more counts.")
+    if record.state in ("refused", "failed"):
         raise TaskSpent("This task has ended; fetch a new one.")
     return False
 

@@ -5,10 +5,13 @@ Owns the gRPC server's settings, the address, and an orderly end (SIGTERM drains
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
+import os
 import signal
+import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from fedge.server.machine import Federation, Machine
 
 GRACE_S = 5.0  # for calls in progress at the end, and for clients to hear that the run is over
 _POLL_S = 0.05
+_WINDOW_BYTES = 1 << 18  # that one call may be ahead of its reader
 _CALLS_PER_CLIENT = 4
 
 
@@ -33,9 +37,9 @@ def options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),  # two coordinators on one port would each see half of the calls
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
-        # Of each call at most a chunk ahead of its reader: what gRPC's estimator grants is 10 MiB or more per upload.
+        # gRPC's own estimate of a good window would let every upload fill some 10 MiB before anyone reads them.
         ("grpc.http2.bdp_probe", 0),
-        ("grpc.http2.lookahead_bytes", limits.chunk_bytes),
+        ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
         ("grpc.keepalive_time_ms", int(limits.keepalive_time_s * 1000)),
         ("grpc.keepalive_timeout_ms", int(limits.keepalive_timeout_s * 1000)),
         ("grpc.http2.ping_timeout_ms", int(limits.keepalive_timeout_s * 1000)),
@@ -49,7 +53,7 @@ def check_address(listen: str, allow_remote: bool) -> None:
     """Raises AddressError for what is no host:port, and for one that others can reach unless that is allowed."""
     host, colon, port = listen.rpartition(":")
     if not (colon and host and port.isdecimal() and int(port) < 1 << 16):
-        raise AddressError(f"{listen!r} is no address; write host:port, such as 127.0.0.1:8440.")
+        raise AddressError(f"{listen!r} is no address; write host:port, such as 127.0.0.1:7443.")
     if allow_remote or host == "localhost":
         return
     with contextlib.suppress(ValueError):
@@ -61,6 +65,36 @@ def check_address(listen: str, allow_remote: bool) -> None:
     )
 
 
+def check_free(listen: str) -> None:
+    """Raises AddressError where host:port cannot be listened on now, with the reason the system gives; port 0 can."""
+    host, _, port = listen.rpartition(":")
+    reasons = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM
+        ):
+            with socket.socket(family, kind, protocol) as tried:
+                # As gRPC does it: connections of a coordinator that has just stopped are no hindrance.
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    tried.bind(address)
+                except OSError as error:
+                    reasons.append(error.errno)
+                else:
+                    return
+    except socket.gaierror:
+        reasons = [errno.EADDRNOTAVAIL]
+    raise AddressError(f"Cannot listen on {listen}: {_why_not(reasons)}.")
+
+
+def _why_not(reasons: Sequence[int | None]) -> str:
+    if errno.EADDRINUSE in reasons:
+        return "the port is in use; stop who uses it, or choose another"
+    if errno.EADDRNOTAVAIL in reasons:
+        return "this machine has no such address; choose another, such as 127.0.0.1:7443"
+    return f"{', '.join(os.strerror(reason or errno.EINVAL) for reason in reasons)}; choose another"
+
+
 async def listening(coordinator: Coordinator, listen: str) -> tuple[grpc.aio.Server, str]:
     """A started server and the address it got (port 0 draws a free one). Raises AddressError."""
     limits = coordinator.federation.limits
@@ -70,6 +104,7 @@ async def listening(coordinator: Coordinator, listen: str) -> tuple[grpc.aio.Ser
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError:
+        check_free(listen)
         raise AddressError(f"Cannot listen on {listen}; stop who uses the port, or choose another.") from None
     await server.start()
     return server, f"{listen.rpartition(':')[0]}:{port}"

@@ -5,4 +5,4 @@ Owns the names of the kinds. Must never import a rule before it is asked for.
 
 from fedge.core.registry import Registry
 
-AGGREGATORS = Registry("aggregator", {"mean": "fedge.strategies.aggregators.mean:Mean"})
+AGGREGATORS = Registry("server.aggregator", {"mean": "fedge.strategies.aggregators.mean:Mean"})

@@ -6,7 +6,7 @@ Owns the names of the kinds. Hooks work on flat vectors of the trainer's kind an
 from fedge.core.registry import Registry
 
 HOOKS = Registry(
-    "hook",
+    "client.hooks",
     {
         "fedprox": "fedge.strategies.hooks.fedprox:FedProx",
         "scaffold": "fedge.strategies.hooks.scaffold:Scaffold",

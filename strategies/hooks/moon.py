@@ -10,23 +10,25 @@ lasts in the client's state; a first task has none, and no term. Costs three mor
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import nn
-from torch.nn import functional
+from typing import TYPE_CHECKING, Any
 
 from fedge.core.errors import ExperimentError, ModelError
 from fedge.core.params import Array
 from fedge.strategies.contracts import Work
+
+if TYPE_CHECKING:  # an experiment with this hook is read where there is no torch, too
+    import torch
+    from torch import nn
 
 _PREVIOUS = "previous"
 _SCRATCH = "moon.previous"
 _FROZEN = "moon.frozen"
 
 
-def representation(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def representation(model: "nn.Module", x: "torch.Tensor") -> "torch.Tensor":
     """z, [batch, features]. Raises ModelError where the model has neither `features` nor a Linear layer."""
+    from torch import nn
+
     features = getattr(model, "features", None)
     if callable(features):
         z: torch.Tensor = features(x)
@@ -43,8 +45,10 @@ def representation(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return seen[-1].flatten(1)
 
 
-def _frozen(model: nn.Module, vector: torch.Tensor) -> nn.Module:
+def _frozen(model: "nn.Module", vector: "torch.Tensor") -> "nn.Module":
     """A copy of the model for evaluation only, whose trained parameters are `vector` [trainable]."""
+    from torch import nn
+
     twin = copy.deepcopy(model).eval()
     trained = [parameter for parameter in twin.parameters() if parameter.requires_grad]
     nn.utils.vector_to_parameters(vector, trained)
@@ -67,8 +71,11 @@ class Moon:
         if _PREVIOUS in state:
             work.scratch[_SCRATCH] = work.start.new_tensor(state[_PREVIOUS])
 
-    def penalty(self, work: Work, model: nn.Module, batch: Any, output: Any) -> torch.Tensor | None:
+    def penalty(self, work: Work, model: "nn.Module", batch: Any, output: Any) -> "torch.Tensor | None":
         """The contrastive term of one batch (x, y)."""
+        import torch
+        from torch.nn import functional
+
         if _SCRATCH not in work.scratch:
             return None
         if _FROZEN not in work.scratch:

@@ -6,7 +6,7 @@ Owns the names of the kinds. Must never see single updates: an optimizer works o
 from fedge.core.registry import Registry
 
 OPTIMIZERS = Registry(
-    "optimizer",
+    "server.optimizer",
     {
         "sgd": "fedge.strategies.optimizers.sgd:Sgd",
         "momentum": "fedge.strategies.optimizers.momentum:Momentum",

@@ -6,7 +6,7 @@ Owns the names of the kinds. Must never see a vector.
 from fedge.core.registry import Registry
 
 WEIGHERS = Registry(
-    "weigher",
+    "server.weigher",
     {
         "equal": "fedge.strategies.weighers.equal:Equal",
         "examples": "fedge.strategies.weighers.examples:Examples",
@@ -15,7 +15,7 @@ WEIGHERS = Registry(
 )
 
 STALENESS = Registry(
-    "staleness",
+    "server.staleness",
     {
         "constant": "fedge.strategies.weighers.staleness:Constant",
         "polynomial": "fedge.strategies.weighers.staleness:Polynomial",
