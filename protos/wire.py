@@ -203,10 +203,11 @@ class Receiver:
         """Write one chunk to the sink. Raises WrongOffset for a gap or overlap, WrongSize for too much or nothing."""
         if chunk.offset != self.offset:
             raise WrongOffset(f"The chunk begins at {chunk.offset}; go on at {self.offset}.")
-        if not chunk.data:
+        data = chunk.data  # each access of the field copies it
+        if not data:
             raise WrongSize("A chunk without bytes; leave it out.")
-        self._count(chunk.data)
-        self._sink.write(chunk.data)
+        self._count(data)
+        self._sink.write(data)
 
     def finish(self) -> None:
         """Raises WrongSize where bytes are missing and WrongHash where they are not the declared ones."""
