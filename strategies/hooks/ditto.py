@@ -25,7 +25,7 @@ class Ditto:
 
     def __post_init__(self) -> None:
         if not 0 <= self.lam < float("inf"):
-            raise ExperimentError(f"hook.lam: must be a number of at least 0, not {self.lam}.")
+            raise ExperimentError(f"client.hooks.lam: must be a number of at least 0, not {self.lam}.")
 
     def begin(self, work: Work, state: dict[str, Array]) -> None:
         """Nothing to prepare."""

@@ -25,7 +25,7 @@ class FedDyn:
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < float("inf"):
-            raise ExperimentError(f"hook.alpha: must be a number above 0, not {self.alpha}.")
+            raise ExperimentError(f"client.hooks.alpha: must be a number above 0, not {self.alpha}.")
 
     def begin(self, work: Work, state: dict[str, Array]) -> None:
         """Fetch h_i."""

@@ -20,7 +20,7 @@ class FedProx:
 
     def __post_init__(self) -> None:
         if not 0 <= self.mu < float("inf"):
-            raise ExperimentError(f"hook.mu: must be a number of at least 0, not {self.mu}.")
+            raise ExperimentError(f"client.hooks.mu: must be a number of at least 0, not {self.mu}.")
 
     def begin(self, work: Work, state: dict[str, Array]) -> None:
         """Nothing to prepare."""

@@ -64,7 +64,7 @@ class Moon:
 
     def __post_init__(self) -> None:
         if not 0 <= self.mu < float("inf") or not 0 < self.temperature < float("inf"):
-            raise ExperimentError("hook: mu must be at least 0 and temperature above 0, both finite.")
+            raise ExperimentError("client.hooks: mu must be at least 0 and temperature above 0, both finite.")
 
     def begin(self, work: Work, state: dict[str, Array]) -> None:
         """Fetch the previous local model."""

@@ -49,7 +49,7 @@ class FedAt:
 
     def __post_init__(self) -> None:
         if self.tiers < 1:
-            raise ExperimentError(f"optimizer.tiers: must be at least 1, not {self.tiers}.")
+            raise ExperimentError(f"server.optimizer.tiers: must be at least 1, not {self.tiers}.")
 
     def init(self, vector: Vector) -> Tiers:
         """No tier has reported."""

@@ -28,7 +28,7 @@ class FedNova:
     def __post_init__(self) -> None:
         positive_rate(self.rate)
         if not 0 <= self.momentum < 1:
-            raise ExperimentError(f"optimizer.momentum: must be at least 0 and below 1, not {self.momentum}.")
+            raise ExperimentError(f"server.optimizer.momentum: must be at least 0 and below 1, not {self.momentum}.")
 
     def init(self, vector: Vector) -> None:
         """Nothing to remember."""

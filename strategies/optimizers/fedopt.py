@@ -40,9 +40,9 @@ def _moments(vector: Vector) -> Moments:
 def _check(rate: float, tau: float, *betas: float) -> None:
     positive_rate(rate)
     if not 0 < tau < float("inf"):
-        raise ExperimentError(f"optimizer.tau: must be a number above 0, not {tau}.")
+        raise ExperimentError(f"server.optimizer.tau: must be a number above 0, not {tau}.")
     if not all(0 <= beta < 1 for beta in betas):
-        raise ExperimentError("optimizer: beta1 and beta2 must be at least 0 and below 1.")
+        raise ExperimentError("server.optimizer: beta1 and beta2 must be at least 0 and below 1.")
 
 
 def _step(

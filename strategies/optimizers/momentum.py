@@ -27,7 +27,7 @@ class Velocity:
 def _check(rate: float, beta: float) -> None:
     positive_rate(rate)
     if not 0 <= beta < 1:
-        raise ExperimentError(f"optimizer.beta: must be at least 0 and below 1, not {beta}.")
+        raise ExperimentError(f"server.optimizer.beta: must be at least 0 and below 1, not {beta}.")
 
 
 def _roll(state: Velocity, delta: Vector, beta: float) -> Vector:

@@ -17,7 +17,7 @@ from fedge.strategies.contracts import Group
 def positive_rate(rate: float) -> None:
     """Raises ExperimentError unless the server's learning rate is a number above 0."""
     if not 0 < rate < float("inf"):
-        raise ExperimentError(f"optimizer.rate: must be a number above 0, not {rate}.")
+        raise ExperimentError(f"server.optimizer.rate: must be a number above 0, not {rate}.")
 
 
 def descend(vector: Vector, direction: Vector, rate: float) -> Vector:

@@ -17,7 +17,7 @@ class Examples:
 
     def __post_init__(self) -> None:
         if self.cap < 1:
-            raise ExperimentError(f"weigher.cap: must be at least 1, not {self.cap}.")
+            raise ExperimentError(f"server.weigher.cap: must be at least 1, not {self.cap}.")
 
     def weigh(self, arrival: Arrival) -> float:
         """The examples claimed, as far as the cap allows."""

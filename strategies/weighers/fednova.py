@@ -26,7 +26,7 @@ class FedNova:
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1 or self.cap < 1:
-            raise ExperimentError("weigher: momentum must be at least 0 and below 1, and cap at least 1.")
+            raise ExperimentError("server.weigher: momentum must be at least 0 and below 1, and cap at least 1.")
 
     def weigh(self, arrival: Arrival) -> float:
         """Above 0 for an update of at least one step."""

@@ -27,7 +27,7 @@ class Polynomial:
 
     def __post_init__(self) -> None:
         if not 0 <= self.exponent <= 10:  # far above any in use, and (1 + tau) ** -10 is still above 0
-            raise ExperimentError(f"staleness.exponent: must be from 0 to 10, not {self.exponent}.")
+            raise ExperimentError(f"server.staleness.exponent: must be from 0 to 10, not {self.exponent}.")
 
     def weigh(self, arrival: Arrival) -> float:
         """In (0, 1]."""
@@ -43,7 +43,7 @@ class Hinge:
 
     def __post_init__(self) -> None:
         if not 0 <= self.a < float("inf") or self.b < 0:
-            raise ExperimentError(f"staleness: a and b must be finite and at least 0, not a={self.a}, b={self.b}.")
+            raise ExperimentError(f"server.staleness: a and b must be finite and at least 0, not a={self.a}, b={self.b}.")
 
     def weigh(self, arrival: Arrival) -> float:
         """In (0, 1]."""
