@@ -43,7 +43,7 @@ class Hinge:
 
     def __post_init__(self) -> None:
         if not 0 <= self.a < float("inf") or self.b < 0:
-            raise ExperimentError(f"server.staleness: a and b must be finite and at least 0, not a={self.a}, b={self.b}.")
+            raise ExperimentError(f"server.staleness: a and b must be finite and at least 0, not {self.a}, {self.b}.")
 
     def weigh(self, arrival: Arrival) -> float:
         """In (0, 1]."""
