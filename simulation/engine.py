@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,8 @@ class Simulation:
         self._machine = Machine(federation, trainer.initial())
         self._current = self._machine.broadcast
         self._lines = [Line(network, index, self._seed) for index in range(len(shards))]
-        self._drops_at = [network.drops_at(index, len(shards), self._seed) for index in range(len(shards))]
+        leaving = network.drop_outs(len(shards), self._seed)
+        self._drops_at = [leaving.get(index, inf) for index in range(len(shards))]
         self._tasks_done = [0] * len(shards)
         self._state: list[ClientState] = [{} for _ in shards]
         # Deltas are folded at once into an associative aggregate, so one buffer serves every client.
@@ -143,7 +145,7 @@ class Simulation:
             joins, drops = self._network.joins_at(index, self._seed), self._drops_at[index]
             if joins < drops:
                 self._push(joins, self._joined(index, joins))
-            if drops < float("inf"):
+            if drops < inf:
                 self._push(drops + notice_s, Left(drops + notice_s, name, "dropped out"))
             self._queue_outage(index, joins)
 

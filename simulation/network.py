@@ -31,12 +31,11 @@ class Network:
         """When the client first appears."""
         return float(generator(seed, "join", client).uniform(0, self.join_over_s)) if self.join_over_s else 0.0
 
-    def drops_at(self, client: int, clients: int, seed: int) -> float:
-        """When the client leaves for good; infinity for those that stay."""
+    def drop_outs(self, clients: int, seed: int) -> dict[int, float]:
+        """When each client that leaves for good does, by its index; those that stay are not in it."""
         leaving = generator(seed, "drop-out").permutation(clients)[: round(self.drop_out * clients)]
-        if client not in leaving:
-            return inf
-        return float(generator(seed, "drop-out", client).uniform(0, self.drop_out_by_s))
+        span_s = self.drop_out_by_s
+        return {client: float(generator(seed, "drop-out", client).uniform(0, span_s)) for client in leaving.tolist()}
 
     def outages(self, client: int, seed: int) -> Iterator[tuple[float, float]]:
         """(begin, end) of each outage, without end; nothing where there are none."""

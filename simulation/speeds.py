@@ -5,7 +5,7 @@ N(mu_i, (jitter mu_i)^2). Pure functions of (seed, client, task); must never loo
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from fedge.core.errors import DataError, ExperimentError
 from fedge.core.random import generator
 from fedge.core.registry import Registry
 
-SLOWEST_RATIO = 20.0  # no drawn client is faster than mean / SLOWEST_RATIO: a time of zero has no meaning
+FASTEST_RATIO = 20.0  # no drawn client is faster than mean / FASTEST_RATIO: a time of zero has no meaning
 
 
 class StepTimes(Protocol):
@@ -51,8 +51,7 @@ class Normal:
 
     def step_s(self, client: int, task: int, seed: int) -> float:
         """The client's mean."""
-        drawn = generator(seed, "speed", client).normal(self.mean_s, self.spread * self.mean_s)
-        return max(float(drawn), self.mean_s / SLOWEST_RATIO)
+        return _drawn("normal", self.mean_s, self.spread * self.mean_s, client, seed)
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Exponential:
 
     def step_s(self, client: int, task: int, seed: int) -> float:
         """The client's mean."""
-        return max(float(generator(seed, "speed", client).exponential(self.mean_s)), self.mean_s / SLOWEST_RATIO)
+        return _drawn("exponential", self.mean_s, 0.0, client, seed)
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,13 @@ class Trace:
         """The recorded time."""
         times = self._lists[client % len(self._lists)]
         return times[task % len(times)]
+
+
+@cache
+def _drawn(kind: str, mean_s: float, spread_s: float, client: int, seed: int) -> float:
+    random = generator(seed, "speed", client)
+    drawn = random.normal(mean_s, spread_s) if kind == "normal" else random.exponential(mean_s)
+    return max(float(drawn), mean_s / FASTEST_RATIO)
 
 
 def _positive(mean_s: float) -> None:
