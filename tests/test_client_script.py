@@ -40,7 +40,8 @@ def test_a_script_of_arrays_is_a_client(tmp_path):
 
 
 def test_a_torch_script_is_a_client():
-    torch = pytest.importorskip("torch")
+    import torch
+
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     layout = layout_of(model)
     with FakeCoordinator(np.arange(layout.size), tasks=2, layout=layout) as coordinator:
@@ -56,7 +57,8 @@ def test_a_torch_script_is_a_client():
 
 
 def test_the_layout_of_a_module_is_that_of_the_trainer():
-    torch = pytest.importorskip("torch")
+    import torch
+
     from fedge.client.torch_trainer import FlatModel
 
     def factory():
