@@ -4,6 +4,7 @@ POINT is "never" or NAME:COUNT, where NAME is a key of POINTS: SIGKILL at that c
 """
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -44,15 +45,14 @@ def arm(point: str) -> None:
     name, _, count = point.partition(":")
     owner, function, when = POINTS[name]
     real: Callable[..., Any] = getattr(owner, function)
-    calls = 0
+    calls = itertools.count(1)  # uploads finish in several threads at once: each call needs its own number
 
     def deadly(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == int(count) and when == "before":
+        call = next(calls)
+        if call == int(count) and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = real(*args, **kwargs)
-        if calls == int(count):
+        if call == int(count):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 

@@ -129,7 +129,7 @@ def check(folder: Path, fleet: Fleet) -> None:
     assert lines == json.loads(json.dumps([[record.t, record.kind, record.values] for record in records]))
 
 
-@pytest.mark.parametrize("point", [f"{name}:{1 if 'snapshot' in name else 2}" for name in POINTS])
+@pytest.mark.parametrize("point", [f"{name}:{1 if 'snapshot' in name else 4}" for name in POINTS])
 @pytest.mark.slow
 def test_killed_at_a_named_point_nothing_is_lost(tmp_path: Path, point: str) -> None:
     async def scenario() -> Fleet:
