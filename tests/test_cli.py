@@ -454,7 +454,7 @@ def test_code_and_files_are_never_chosen_by_the_wire(setting: str) -> None:
 
 def test_an_experiment_of_built_in_parts_may_be_offered() -> None:
     for text in ("", SMALL, "[model]\nfactory = 'fedge.client.models:cnn'\n[deploy]\nlisten = 'host:1'"):
-        serving.check_offered(experiments.parse(text))
+        assert serving.check_offered(experiments.parse(text)) is None
 
 
 # ---- aggregate ---------------------------------------------------------------------------------

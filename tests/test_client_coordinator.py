@@ -5,11 +5,13 @@ import threading
 from contextlib import contextmanager
 
 import numpy as np
+import pytest
 
 from fedge.client.runtime import run_client
 from fedge.client.session import Session
 from fedge.client.spool import Spool
 from fedge.client.trainer import FunctionTrainer
+from fedge.core.errors import WrongManifest
 from fedge.core.limits import Limits
 from fedge.core.params import Layout
 from fedge.core.task import Update
@@ -89,6 +91,22 @@ def test_a_client_that_died_with_a_finished_update_delivers_it_as_another_proces
     assert (summary.updates, summary.refused) == (2, 0)
     assert next(record.values["task"] for record in records if record.kind == "arrived") == task.id
     np.testing.assert_allclose(ended[0].broadcast.vector, np.full(SIZE, 8.0), rtol=1e-6)
+
+
+def test_a_large_update_of_the_wrong_shape_is_refused_with_its_reason_and_the_run_goes_on(tmp_path):
+    with (
+        serving(tmp_path / "coordinator", 1, 1) as (address, records, ended),
+        Session(address, "a", examples=5, limits=LIMITS) as session,
+    ):
+        task, broadcast = session.receive()
+        wrong = Update("a", task.id, task.version, task.steps, 5, {"delta": np.zeros(4 << 20, np.float32)})
+        with pytest.raises(WrongManifest, match=rf"must be float32 \({SIZE},\)"):
+            session.send(wrong)
+        task, broadcast = session.receive()
+        session.send(Update("a", task.id, task.version, task.steps, 5, {"delta": broadcast.vector - 7}))
+        assert session.receive() is None
+    assert [record.values["reason"] for record in records if record.kind == "failed"] == ["WRONG_MANIFEST"]
+    np.testing.assert_allclose(ended[0].broadcast.vector, np.full(SIZE, 7.0), rtol=1e-6)
 
 
 def test_a_trainer_that_fails_once_is_given_another_task(tmp_path):

@@ -164,6 +164,24 @@ def test_a_manifest_that_is_not_the_models_ends_the_task(tmp_path: Path, lie: An
     asyncio.run(scenario())
 
 
+def test_who_was_turned_away_while_still_sending_learns_why_on_asking_again(tmp_path: Path) -> None:
+    """A refusal in the middle of a stream may reach its sender as a bare reset; the reason must not be lost with it."""
+
+    async def scenario() -> None:
+        async with room(tmp_path, plan(clients=1)) as made:
+            (peer,) = await made.joined(1)
+            task = await peer.task()
+            wrong = np.zeros(4 << 20, F32)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await peer.send(peer.parts(peer.begin(task, wrong), wrong.tobytes()))
+            why, status, sentence = await refused(peer.offset(task.id))
+            assert (why, status) == ("WRONG_MANIFEST", grpc.StatusCode.INVALID_ARGUMENT)
+            assert f"({SIZE},)" in sentence
+            assert (await refused(peer.upload(task)))[0] == "WRONG_MANIFEST"
+
+    asyncio.run(scenario())
+
+
 def test_more_bytes_than_declared_are_refused(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with room(tmp_path, plan(clients=1)) as made:

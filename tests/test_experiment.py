@@ -80,7 +80,8 @@ def test_resolved_text_names_every_key_that_has_a_value() -> None:
     for path, default in experiments.keys().items():
         value: Any = data
         for word in path.split("."):
-            value = value.get(word, {}) if default is None else value[word]
+            assert default is None or word in value, path
+            value = value.get(word, {})
 
 
 def test_the_halves_of_an_algorithm_bring_each_other() -> None:

@@ -70,6 +70,7 @@ class Service(fedge_pb2_grpc.CoordinatorServicer):
         self._coordinator = coordinator
         self.limits = coordinator.federation.limits
         self._wrong_hashes: dict[str, int] = {}  # by task
+        self._turned_away: dict[str, FedgeError] = {}  # by task: who still sends may not hear why, and asks again
 
     # ---- members -------------------------------------------------------------------------------
 
@@ -198,7 +199,7 @@ class Service(fedge_pb2_grpc.CoordinatorServicer):
     async def UploadOffset(self, request: pb.UploadOffsetRequest, _: Context) -> pb.UploadOffsetReply:  # noqa: N802
         """How many bytes of an upload are here."""
         session = self._check(request.sender)
-        counted = await self._coordinator.ask(lambda machine: _admit(machine, session.client, request.task_id))
+        counted = await self._admitted(session.client, request.task_id)
         offset = 0 if counted else self._coordinator.spool.offset(request.task_id)
         return pb.UploadOffsetReply(offset=offset, counted=counted)
 
@@ -209,7 +210,7 @@ class Service(fedge_pb2_grpc.CoordinatorServicer):
         wire.check_sender(begin.sender, self.limits)
         session = self._check(begin.sender)
         client, task_id = session.client, begin.task_id
-        if await self._coordinator.ask(lambda machine: _admit(machine, client, task_id)):
+        if await self._admitted(client, task_id):
             return pb.UploadReply(repeated_delivery=True)
         try:
             wire.check_begin(begin, self.limits)
@@ -217,6 +218,9 @@ class Service(fedge_pb2_grpc.CoordinatorServicer):
             stored = await self._receive(session, begin, parts)
         except (WrongManifest, WrongSize) as error:
             # No retry can mend these, so the machine hears that nothing will come. A cut upload ends otherwise.
+            self._turned_away[task_id] = error
+            if len(self._turned_away) > self.limits.max_clients:
+                del self._turned_away[next(iter(self._turned_away))]
             await self._fail(client, task_id, error.reason)
             raise
         except WrongHash as error:
@@ -225,6 +229,12 @@ class Service(fedge_pb2_grpc.CoordinatorServicer):
                 await self._fail(client, task_id, error.reason)
             raise
         return await self._count(client, task_id, stored)
+
+    async def _admitted(self, client: str, task_id: str) -> bool:
+        try:
+            return await self._coordinator.ask(lambda machine: _admit(machine, client, task_id))
+        except TaskSpent as spent:
+            raise self._turned_away.get(task_id, spent) from None
 
     async def _receive(self, session: Session, begin: pb.UploadBegin, parts: AsyncIterator[pb.UploadPart]) -> Stored:
         spool = self._coordinator.spool
