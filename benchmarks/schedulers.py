@@ -100,7 +100,7 @@ TRIED: dict[str, list[Setting]] = {
         compass(1.25, 0.6, 0.25),
     ],
 }
-CHOSEN = {"fedavg": 3, "fedasync": 5, "fedbuff": 3, "fedat": 0, "dbw": 0, BASE: 0, DEFAULT: 2}
+CHOSEN = {"fedavg": 3, "fedasync": 5, "fedbuff": 3, "fedat": 0, "dbw": 0, BASE: 0, DEFAULT: 1}
 
 
 @dataclass(frozen=True)

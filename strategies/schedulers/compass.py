@@ -78,7 +78,7 @@ class Compass:
 
     min_steps: int = 20
     max_steps: int = 100
-    alpha: float = 1.25
+    alpha: float = 1.0
     momentum: float = 0.9
     latest_factor: float = 1.2
     balance: float = 0.5
