@@ -3,11 +3,12 @@
 Owns how a run is played from beginning to end. Must never print.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedge import build, runs, trackers
 from fedge.client.data import load as load_data
@@ -15,7 +16,8 @@ from fedge.core.errors import ExperimentError, TrainerError
 from fedge.core.params import Array, Vector
 from fedge.experiment import Experiment
 from fedge.runs import Recorder, Run, Watcher
-from fedge.strategies.aggregators import AGGREGATORS
+from fedge.strategies import aggregators
+from fedge.strategies.aggregators.robust import Robust
 from fedge.tally import Tally
 
 
@@ -61,26 +63,56 @@ def _raise_if_all_failed(tally: Tally, clients: int) -> None:
         raise TrainerError(f"No update came of this run: {tally.failures}.")
 
 
-def aggregate(rows: Any, kind: str = "mean", weights: Sequence[float] | None = None, **settings: Any) -> Vector:
+def aggregate(
+    rows: Any,
+    kind: str = "mean",
+    byzantine: int = 0,
+    pre: Sequence[str | Mapping[str, Any]] = (),
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Vector:
     """Rows [n, d] to one vector float32 [d] by any rule: `kind` and its settings, as in an experiment file.
 
-    `weights` [n] count where the rule honours them. Raises ExperimentError where rule, rows and weights do not fit.
+    `byzantine` is f; `pre` names pre-aggregators. `weights` [n] count where the rule honours them. A robust rule sets
+    rows with NaN, infinite or overflowing values aside, each counted as one of the f. Raises ExperimentError where
+    rule, rows and weights do not fit.
     """
-    rule = AGGREGATORS.build({"kind": kind, **settings})
     table = _table(rows)
     if table.ndim != 2 or not table.size:
         raise ExperimentError(f"rows has shape {table.shape}; give one row per update, [n, d].")
-    if len(table) < rule.min_rows():
-        raise ExperimentError(f"{kind!r} needs at least {rule.min_rows()} rows, and there are {len(table)}.")
     shares = np.ones(len(table)) if weights is None else np.asarray(weights, np.float64)
     if shares.shape != (len(table),) or not np.isfinite(shares).all() or (shares < 0).any():
         raise ExperimentError(f"weights must be {len(table)} numbers of at least 0, one per row.")
-    if not np.isfinite(table).all():
-        raise ExperimentError("rows holds NaN or infinite values; leave those rows out.")
-    state = rule.init(table.shape[1])
-    for row, share in zip(table, shares):
+    chain: dict[str, Any] = {"byzantine": byzantine} if byzantine else {}
+    plan = {"kind": kind, **settings, **chain, **({"pre": list(pre)} if pre else {})}
+    rule = aggregators.build(plan)
+    if weights is not None and not rule.honours_weights:
+        raise ExperimentError(f"{kind!r} ignores weights; leave them out, or take 'geometric-median', which has them.")
+    sound = _sound(table)
+    if not sound.all():
+        if rule.associative or (~sound).sum() > byzantine:
+            raise ExperimentError(
+                f"{(~sound).sum()} of {len(table)} rows hold NaN, infinite or overflowing values; leave them out, or "
+                "take a robust rule with byzantine at least as large."
+            )
+        rule = aggregators.build({**plan, "byzantine": byzantine - int((~sound).sum())})
+        table, shares = table[sound], shares[sound]
+    names = [f"row-{index:09d}" for index in range(len(table))]
+    if missing := rule.lacks(names, rule.memory()):
+        raise ExperimentError(
+            f"{kind!r} needs {rule.min_rows()} rows or more, and there are {len(table)}: it lacks {missing}."
+        )
+    state = rule.of(table, shares) if isinstance(rule, Robust) else rule.init(table.shape[1])
+    for row, share in zip(table, shares) if not isinstance(rule, Robust) else ():
         state = rule.fold(state, row, float(share))
-    found: Vector = rule.finish(state)
+    return rule.finish(state, names, rule.memory(), seed).vector
+
+
+def _sound(table: Array) -> NDArray[np.bool_]:
+    """Which rows have a finite norm, in float32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        found: NDArray[np.bool_] = np.isfinite(np.einsum("ij,ij->i", table, table))
     return found
 
 

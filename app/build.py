@@ -18,8 +18,8 @@ from fedge.core.registry import Registry
 from fedge.experiment import Component, Experiment
 from fedge.server.machine import Federation, Stop
 from fedge.simulation import SPEEDS, Network, Simulation
-from fedge.strategies.aggregators import AGGREGATORS
-from fedge.strategies.contracts import Scheduler
+from fedge.strategies import aggregators
+from fedge.strategies.contracts import Aggregator, Scheduler
 from fedge.strategies.hooks import HOOKS
 from fedge.strategies.optimizers import OPTIMIZERS
 from fedge.strategies.schedulers import SCHEDULERS
@@ -54,6 +54,7 @@ def settled(experiment: Experiment) -> Experiment:
     for slot, table in _SERVER_SLOTS.items():
         if slot in server:
             server[slot] = complete(table, server[slot])
+    server["aggregator"] = aggregators.completed(server["aggregator"])
     data["simulation"]["speeds"] = complete(SPEEDS, data["simulation"]["speeds"])
     data["client"]["hooks"] = [complete(HOOKS, hook) for hook in data["client"]["hooks"]]
     found = experiments.of(data)
@@ -67,7 +68,6 @@ _SERVER_SLOTS: Mapping[str, Registry] = {
     "selector": SELECTORS,
     "weigher": WEIGHERS,
     "staleness": STALENESS,
-    "aggregator": AGGREGATORS,
     "optimizer": OPTIMIZERS,
 }
 
@@ -101,7 +101,8 @@ def _weigher_for(server: Mapping[str, Any]) -> str:
     if server["optimizer"].get("kind") == "fednova":
         return "fednova"
     alike = server["optimizer"].get("kind") in HALVES or server["scheduler"].get("kind") == "compass"
-    return "equal" if alike else "examples"
+    # A client's own count of its examples is no business of a robust rule, unless somebody asks for it.
+    return "equal" if alike or not aggregators.build(server["aggregator"]).associative else "examples"
 
 
 # ---- what cannot work --------------------------------------------------------------------------
@@ -143,12 +144,7 @@ def _check_sizes(experiment: Experiment) -> None:
     clients = expected(experiment)
     if not clients:
         return  # a natural partition: as many as the data set has
-    needed = aggregator(experiment).min_rows()
-    if needed > clients:
-        kind = _kind(experiment.server.aggregator)
-        raise ExperimentError(
-            f"server.aggregator {kind!r} needs {needed} updates at once, and there are {clients} clients."
-        )
+    _check_aggregator(experiment, clients)
     scheduler(experiment)
     server = experiment.server
     for where, table in (("scheduler", server.scheduler), ("selector", server.selector or {})):
@@ -158,6 +154,39 @@ def _check_sizes(experiment: Experiment) -> None:
                 raise ExperimentError(
                     f"server.{where}.{key} is {asked}, and there are {clients} clients; set it lower."
                 )
+
+
+def _check_aggregator(experiment: Experiment, clients: int) -> None:
+    """A rule that could never run, or would not do what the file says."""
+    server, rule = experiment.server, aggregator(experiment)
+    kind, f = _kind(server.aggregator), int(server.aggregator.get("byzantine", 0))
+    if not rule.honours_weights and _kind(server.weigher) == "examples":
+        raise ExperimentError(
+            f"server.aggregator {kind!r} ignores weights, so server.weigher 'examples' would change nothing; set the "
+            "weigher to { kind = \"equal\" }, or take a rule that honours weights, such as 'geometric-median'."
+        )
+    asked = min(int(table.get("clients", clients)) for table in (server.scheduler, server.selector or {}))
+    present = clients if server.aggregator.get("cache") else min(clients, asked)
+    needed = rule.min_rows()
+    if needed > present:
+        fits = max((less for less in range(f) if _rows_for(server.aggregator, less) <= present), default=None)
+        remedy = "take more clients or another rule" if fits is None else f"set byzantine to at most {fits}"
+        sampled = (
+            f"{present} of the {clients} clients take part in a round"
+            if present < clients
+            else f"there are {clients} clients"
+        )
+        raise ExperimentError(
+            f"server.aggregator {kind!r} with byzantine = {f} needs {needed} clients at once, and {sampled}; {remedy}, "
+            f"or let at least {needed} take part."
+        )
+    missing = rule.lacks(client_names(clients), rule.memory())
+    if missing:
+        raise ExperimentError(f"server.aggregator {kind!r} can never run here: it lacks {missing}.")
+
+
+def _rows_for(table: Component, byzantine: int) -> int:
+    return aggregators.build({**table, "byzantine": byzantine}).min_rows()
 
 
 def _kind(table: Component | None) -> str:
@@ -183,9 +212,9 @@ def scheduler(experiment: Experiment) -> Scheduler:
     return dataclasses.replace(built, selector=SELECTORS.build(experiment.server.selector))  # type: ignore[no-any-return]
 
 
-def aggregator(experiment: Experiment) -> Any:
+def aggregator(experiment: Experiment) -> Aggregator:
     """The aggregator."""
-    return AGGREGATORS.build(experiment.server.aggregator)
+    return aggregators.build(experiment.server.aggregator)
 
 
 def federation(experiment: Experiment, layout: Layout, clients: int) -> Federation:

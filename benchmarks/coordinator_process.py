@@ -22,7 +22,7 @@ from fedge.protos.fedge_pb2_grpc import CoordinatorServicer, add_CoordinatorServ
 from fedge.server.coordinator import serve
 from fedge.server.machine import Federation, Stop
 from fedge.server.machine.events import Record
-from fedge.strategies.aggregators import AGGREGATORS
+from fedge.strategies import aggregators
 from fedge.strategies.optimizers import OPTIMIZERS
 from fedge.strategies.schedulers import SCHEDULERS
 from fedge.strategies.weighers import STALENESS, WEIGHERS
@@ -50,7 +50,7 @@ async def coordinate(clients: int, size: int, versions: int, state: str, livenes
         scheduler=SCHEDULERS.build({"kind": "fedavg", "steps": 1}),
         share=WEIGHERS.build({"kind": "examples"}),
         staleness=STALENESS.build({"kind": "constant"}),
-        aggregator=AGGREGATORS.build({"kind": "mean"}),
+        aggregator=aggregators.build({"kind": "mean"}),
         optimizer=OPTIMIZERS.build({"kind": "sgd"}),
         expected=clients,
         stop=Stop(versions=versions),

@@ -28,7 +28,7 @@ from benchmarks.perceptron import Perceptron
 from fedge.client.data import PARTITIONS, Dataset, load
 from fedge.server.machine import Federation, Stop
 from fedge.simulation import SPEEDS, Simulation
-from fedge.strategies.aggregators import AGGREGATORS
+from fedge.strategies import aggregators
 from fedge.strategies.optimizers import OPTIMIZERS
 from fedge.strategies.schedulers import SCHEDULERS
 from fedge.strategies.weighers import STALENESS, WEIGHERS
@@ -141,7 +141,7 @@ def time_to_target(job: Job) -> float:
         scheduler=SCHEDULERS.build(setting.scheduler),
         share=WEIGHERS.build({"kind": "equal"}),
         staleness=STALENESS.build({"kind": setting.staleness}),
-        aggregator=AGGREGATORS.build({"kind": "mean"}),
+        aggregator=aggregators.build({"kind": "mean"}),
         optimizer=OPTIMIZERS.build({"kind": kind, **optimizer}),
         expected=job.clients,
         seed=job.seed,

@@ -32,7 +32,7 @@ from fedge.core.params import Vector
 from fedge.core.task import Broadcast, Task
 from fedge.server.machine import Federation, Stop
 from fedge.simulation import SPEEDS, Simulation
-from fedge.strategies.aggregators import AGGREGATORS
+from fedge.strategies import aggregators
 from fedge.strategies.optimizers import OPTIMIZERS
 from fedge.strategies.schedulers import SCHEDULERS
 from fedge.strategies.weighers import STALENESS, WEIGHERS
@@ -72,7 +72,7 @@ def fedge_rounds(clients: int, rounds: int) -> Vector:
         scheduler=SCHEDULERS.build({"kind": "fedavg", "steps": 1}),
         share=WEIGHERS.build({"kind": "examples"}),
         staleness=STALENESS.build({"kind": "constant"}),
-        aggregator=AGGREGATORS.build({"kind": "mean"}),
+        aggregator=aggregators.build({"kind": "mean"}),
         optimizer=OPTIMIZERS.build({"kind": "sgd"}),
         expected=clients,
         stop=Stop(versions=rounds),

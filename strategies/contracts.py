@@ -7,9 +7,9 @@ A state is handed over: `step` may change it in place, and the caller goes on wi
 Owns the words spoken between them. Must never hold an algorithm.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from fedge.core.params import Array, Vector
 from fedge.core.task import Broadcast, Scalar, Task
@@ -171,18 +171,49 @@ class Weigher(Protocol):
         """At least 0. A share (examples) is relative to the group, a discount (staleness) is in (0, 1]."""
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of one row: its distance to the aggregate over the median of those distances, and whether it counted.
+
+    `coefficient` is the factor with which it entered the aggregate, where the rule has one for the row as a whole.
+    """
+
+    score: float
+    rejected: bool
+    coefficient: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """An aggregate, float32 [size]; the verdicts by client, where rows were judged; and the memory to hand in next."""
+
+    vector: Vector
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+    memory: Any = None
+
+
 class Aggregator(Protocol):
     """Rows and weights to one vector, fed row by row.
 
     `associative`: rows may be forgotten once folded, and states merged in any tree. Where it is False, `fold` may keep
-    the row itself, so the caller must not reuse its buffer.
+    the row itself, so the caller must not reuse its buffer; it is a KeepsRows then, and each client has one row in a
+    group, its newest.
     """
 
     associative: ClassVar[bool]
-    honours_weights: ClassVar[bool]
+
+    @property
+    def honours_weights(self) -> bool:
+        """Whether the weights of rows change anything."""
 
     def min_rows(self) -> int:
-        """Fewer rows than this are never aggregated: the group is held and merged with the next."""
+        """Fewer clients than this are never enough."""
+
+    def lacks(self, clients: Collection[str], memory: Any) -> str:
+        """What a group of these clients misses, in words: such a group is held and merged with the next. Else empty."""
+
+    def memory(self) -> Any:
+        """What outlives a group, before the first one; None where nothing does."""
 
     def init(self, size: int) -> Any:
         """The state for vectors of `size` elements."""
@@ -191,21 +222,36 @@ class Aggregator(Protocol):
         """`state` with one more row [size]."""
 
     def merge(self, state: Any, other: Any) -> Any:
-        """Both states as one."""
+        """Both states as one, the rows of `other` behind."""
 
-    def finish(self, state: Any) -> Vector:
-        """The aggregate, float32 [size]; the state is used up."""
+    def finish(self, state: Any, clients: Sequence[str], memory: Any, seed: int) -> Outcome:
+        """The aggregate. `clients` are whose the rows are, in the order of folding; `seed` is this group's own.
+
+        State and memory are used up.
+        """
+
+
+@runtime_checkable
+class KeepsRows(Protocol):
+    """An aggregator that holds on to its rows, so that a client's newer one can take the place of its older."""
+
+    def drop(self, state: Any, index: int) -> Any:
+        """`state` without its row at `index`, counted in the order of folding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The updates aggregated together. `weights` are as given to the aggregator; `step` is the server's scale."""
+    """The updates aggregated together. `weights` are as given to the aggregator; `step` is the server's scale.
+
+    `verdicts` are on the deltas, by client: of the members, and of others whose last update was taken in again.
+    """
 
     pools: tuple[str, ...]
     members: tuple[Arrival, ...]
     weights: tuple[float, ...]
     step: float
     expected: int  # N
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
 
 
 class ServerOptimizer(Protocol):

@@ -35,7 +35,8 @@ def products(rows: Sequence[Vector], new: Vector) -> Weights:
         return total
 
     with np.errstate(over="ignore", invalid="ignore"):  # an overflow is for the caller to see in the result
-        return np.sum(halves(part, new.size, BLOCK), axis=0)
+        total: Weights = np.sum(halves(part, new.size, BLOCK), axis=0)
+    return total
 
 
 def gram(rows: Sequence[Vector] | NDArray[np.float32], around: Vector | None = None) -> Matrix:
@@ -69,7 +70,7 @@ def precise(rows: Sequence[Vector] | NDArray[np.float32], found: Matrix) -> Matr
     apart = distances(found)
     close = (apart < CLOSE * (norms[:, None] + norms[None, :])) & (apart > 0)
     np.fill_diagonal(close, val=False)
-    return gram(rows, rows[int(np.argmax(close.any(axis=1)))]) if close.any() else found
+    return gram(rows, rows[int(close.any(axis=1).argmax())]) if close.any() else found
 
 
 def distances(found: Matrix) -> Matrix:
@@ -81,13 +82,13 @@ def distances(found: Matrix) -> Matrix:
 
 
 def weighted_sum(rows: Sequence[Vector], coefficients: Weights) -> Vector:
-    """sum of coefficient * row, float32 [d]; rows with the coefficient 0 are not even read."""
+    """Sum of coefficient * row, float32 [d]; rows with the coefficient 0 are not even read."""
     used = np.flatnonzero(coefficients)
     size, factors = rows[0].size, coefficients[used].astype(np.float32)
     total = np.zeros(size, np.float32)
     if not len(used):
         return total
-    chosen = [rows[index] for index in used]
+    chosen = [rows[index] for index in used.tolist()]
 
     def part(start: int, stop: int) -> None:
         scratch = np.empty(len(chosen) * SUM_BLOCK, np.float32)

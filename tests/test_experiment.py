@@ -186,7 +186,7 @@ def test_a_wrong_file_is_one_sentence(text: str, sentence: str) -> None:
         (["server.scheduler={ kind = 'tifl', tiers = 11 }"], "server.scheduler.tiers is 11"),
         (
             ["server.aggregator={ kind = 'fedge_needs_rows:Rule' }"],
-            "needs 12 updates at once, and there are 10 clients",
+            "needs 12 clients at once, and there are 10 clients",
         ),
     ],
     ids=str,
@@ -195,7 +195,8 @@ def test_what_cannot_work_is_refused_with_the_reason(
     overrides: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "fedge_needs_rows.py").write_text(
-        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Rule:\n    def min_rows(self): return 12\n"
+        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Rule:\n"
+        "    honours_weights = True\n    def least(self, byzantine): return 12\n    def reduce(self, *_): return 0\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert sentence in refusal("", *overrides)

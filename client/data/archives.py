@@ -17,7 +17,12 @@ from fedge.core.limits import MAX_DATASET_ARRAYS, MAX_DATASET_BYTES
 from fedge.core.params import Array
 
 _ZIP_FAULTS = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-_HEADER_FAULTS = (SyntaxError, TypeError, tokenize.TokenError, MemoryError)  # NumPy reads headers with Python's own parser
+_HEADER_FAULTS = (
+    SyntaxError,
+    TypeError,
+    tokenize.TokenError,
+    MemoryError,
+)  # NumPy reads headers with Python's own parser
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 

@@ -10,6 +10,7 @@ A peer's bad input becomes a Refuse or Evict effect and changes nothing else. On
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fedge.core.errors import (
     BadReport,
@@ -24,7 +25,7 @@ from fedge.core.errors import (
     UnknownTask,
 )
 from fedge.core.params import Array, Vector
-from fedge.core.random import token
+from fedge.core.random import derive, token
 from fedge.core.task import DELTA, Broadcast, Task, Update
 from fedge.server.machine import pools, state
 from fedge.server.machine.events import (
@@ -48,7 +49,7 @@ from fedge.server.machine.events import (
 from fedge.server.machine.lifecycles import CLIENT, POOL, TASK, advance
 from fedge.server.machine.state import ClientRecord, Federation, State, TaskRecord
 from fedge.strategies import contracts as say
-from fedge.strategies.contracts import Arrival, Fleet, Group
+from fedge.strategies.contracts import Arrival, Fleet, Group, Verdict
 from fedge.strategies.screen import screen
 
 HELD = "held"  # the pool of groups too small for the rule
@@ -381,14 +382,8 @@ class Machine:
             return
         pool = self._state.pools.setdefault(order.pool, pools.Pool())
         plan = self._federation
-        pools.fold(
-            pool,
-            plan.aggregator,
-            update,
-            arrival,
-            order.share * plan.share.weigh(arrival),
-            plan.staleness.weigh(arrival),
-        )
+        share, discount = order.share * plan.share.weigh(arrival), plan.staleness.weigh(arrival)
+        old = pools.fold(pool, plan.aggregator, update, arrival, share, discount)
         pool.state = advance(POOL, pool.state, "kept")
         self._end_task(update.task_id, "counted")
         known = self._state.clients[update.client]
@@ -400,6 +395,7 @@ class Machine:
             steps=arrival.steps, examples=arrival.examples, norm=arrival.norm, bytes=update.nbytes, pool=order.pool,
             late=order.late or arrival.overdue, timings=dict(update.timings), metrics=dict(update.metrics),
         )  # fmt: skip
+        self._record_superseded(old)
 
     def _close(self, order: say.Close) -> say.Closed:
         plan, held = self._federation, self._state
@@ -407,25 +403,31 @@ class Machine:
         if not found:
             name = type(plan.scheduler).__name__
             raise StrategyError(f"Scheduler {name} closed the empty pools {order.pools}; close what holds updates.")
-        members = tuple(member for pool in found for member in pool.members)
-        whole = pools.merged(found, plan.aggregator)
-        if len(members) < plan.aggregator.min_rows():
+        whole, old = pools.merged(found, plan.aggregator)
+        # Steps of groups held back add up, to at most one whole step or what a single group asks for.
+        whole.step = min(whole.step + order.step, max(1.0, order.step))
+        self._record_superseded(old)
+        members = tuple(whole.members)
+        if missing := plan.aggregator.lacks([member.client for member in members], held.memory.get(DELTA)):
             whole.state = advance(POOL, whole.state, "short")
             held.pools[HELD] = whole
-            self._record("held", pools=order.pools, rows=len(members), needed=plan.aggregator.min_rows())
+            self._record("held", pools=order.pools, rows=len(members), missing=missing)
             return say.Closed(order.pools, members, 0.0)
         whole.state = advance(POOL, whole.state, "closed")
-        aggregate, norm, scale = pools.finish(whole, plan.aggregator, order.step)
-        group = Group(order.pools, members, tuple(whole.weights), scale, plan.expected)
-        vector, blobs = self._optimize(aggregate, group)
+        closing = pools.finish(whole, plan.aggregator, held.memory, derive(plan.seed, "aggregate", held.version))
+        held.memory = closing.memory
+        group = Group(
+            order.pools, members, tuple(whole.weights), closing.scale, plan.expected, verdicts=closing.verdicts
+        )
+        vector, blobs = self._optimize(closing.aggregate, group)
         held.vector, held.blobs = vector, dict(blobs)
         held.version += 1
         held.updates += len(members)
         self._fleet.version = held.version
         self._effects.append(Publish(self.broadcast))
-        self._record_group(group, norm)
+        self._record_group(group, closing.norm)
         self._stop_if_due()
-        return say.Closed(order.pools, members, norm)
+        return say.Closed(order.pools, members, closing.norm)
 
     def _optimize(self, aggregate: Mapping[str, Vector], group: Group) -> tuple[Vector, Mapping[str, Array]]:
         plan, held = self._federation, self._state
@@ -459,13 +461,33 @@ class Machine:
             self._effects.append(Finished(reason))
             self._record("finished", reason=reason)
 
+    def _record_superseded(self, members: Sequence[Arrival]) -> None:
+        for member in members:
+            self._record("superseded", client=member.client, task=member.task_id)
+
     def _record_group(self, group: Group, norm: float) -> None:
         members = [
-            {"client": member.client, "task": member.task_id, "staleness": member.staleness, "weight": weight}
-            for member, weight in zip(group.members, group.weights)
+            {"client": one.client, "task": one.task_id, "staleness": one.staleness, "weight": weight}
+            | _said(group.verdicts.get(one.client))
+            for one, weight in zip(group.members, group.weights)
         ]
+        present = {one.client for one in group.members}
+        absent = [
+            {"client": client, **_said(verdict)} for client, verdict in group.verdicts.items() if client not in present
+        ]
+        more = {"absent": absent} if absent else {}
         version = self._state.version
-        self._record("aggregated", version=version, pools=group.pools, members=members, step=group.step, norm=norm)
+        self._record(
+            "aggregated", version=version, pools=group.pools, members=members, step=group.step, norm=norm, **more
+        )
 
     def _record(self, kind: str, **values: object) -> None:
         self._effects.append(Record(self._state.now, kind, values))
+
+
+def _said(verdict: Verdict | None) -> dict[str, Any]:
+    """A verdict as it goes into the record."""
+    if verdict is None:
+        return {}
+    shown = {"score": verdict.score, "rejected": verdict.rejected}
+    return shown if verdict.coefficient is None else {**shown, "coefficient": verdict.coefficient}

@@ -1,75 +1,113 @@
 """A pool: updates folded as they arrive, one aggregator state per named vector, until a scheduler closes it.
 
-Owns the arithmetic around an aggregator: weights, the mean discount for staleness, the step. Must never decide when.
+Owns the arithmetic around an aggregator: weights, the mean discount for staleness, the step; and that a client has one
+row in a group wherever rows are kept, so that sending more often gains nothing. Must never decide when.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from fedge.core.errors import StrategyError
-from fedge.core.params import Array, Vector
+from fedge.core.params import Vector
 from fedge.core.task import DELTA, Update
-from fedge.strategies.contracts import Aggregator, Arrival
+from fedge.strategies.contracts import Aggregator, Arrival, KeepsRows, Verdict
 
 
 @dataclass(slots=True)
 class Pool:
-    """Members in order of arrival, their weights, and the folds of their vectors by blob name.
-
-    `share` and `weight` are sums over the members before and after the discount for staleness.
+    """Members in order of arrival, their shares before and weights after the discount for staleness, and the folds of
+    their vectors by blob name. `step` adds up what was asked of groups that were too small.
     """
 
     members: list[Arrival] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
-    share: float = 0.0
-    weight: float = 0.0
+    step: float = 0.0
     state: str = "empty"
     folds: dict[str, Any] = field(default_factory=dict)
 
 
-def fold(pool: Pool, aggregator: Aggregator, update: Update, arrival: Arrival, share: float, discount: float) -> None:
-    """Add one update with weight share * discount. Raises StrategyError for weights out of range."""
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """What a pool came to: aggregates by blob name with the delta scaled, the delta's norm before that, the scale, the
+    verdicts on the deltas, and what the aggregator remembers, by blob name.
+    """
+
+    aggregate: dict[str, Vector]
+    norm: float
+    scale: float
+    verdicts: dict[str, Verdict]
+    memory: dict[str, Any]
+
+
+def fold(
+    pool: Pool, aggregator: Aggregator, update: Update, arrival: Arrival, share: float, discount: float
+) -> list[Arrival]:
+    """Add one update with weight share * discount; the members it supersedes. Raises StrategyError for weights out of
+    range.
+    """
     if not (math.isfinite(share) and share >= 0 and 0 <= discount <= 1):
         raise StrategyError(f"a weigher gave share {share} and discount {discount}; need >= 0 and 0..1")
-    weight = share * discount
     for name, row in update.blobs.items():
         flat = np.asarray(row).reshape(-1)
         held = pool.folds.get(name)
-        pool.folds[name] = aggregator.fold(aggregator.init(flat.size) if held is None else held, flat, weight)
+        pool.folds[name] = aggregator.fold(aggregator.init(flat.size) if held is None else held, flat, share * discount)
     pool.members.append(arrival)
-    pool.weights.append(weight)
-    pool.share += share
-    pool.weight += weight
+    pool.shares.append(share)
+    pool.weights.append(share * discount)
+    return _one_each(pool, aggregator)
 
 
-def merged(pools: Iterable[Pool], aggregator: Aggregator) -> Pool:
-    """All of them as one; they are used up."""
-    pools = iter(pools)
-    whole = next(pools)
-    for pool in pools:
+def merged(pools: Sequence[Pool], aggregator: Aggregator) -> tuple[Pool, list[Arrival]]:
+    """All of them as one, and the members that were superseded; they are used up."""
+    whole, *others = pools
+    for pool in others:
         whole.members += pool.members
+        whole.shares += pool.shares
         whole.weights += pool.weights
-        whole.share += pool.share
-        whole.weight += pool.weight
+        whole.step += pool.step
         for name, part in pool.folds.items():
             whole.folds[name] = aggregator.merge(whole.folds[name], part) if name in whole.folds else part
-    return whole
+    return whole, _one_each(whole, aggregator)
 
 
-def finish(pool: Pool, aggregator: Aggregator, step: float) -> tuple[dict[str, Vector], float, float]:
-    """(aggregates by blob name with the delta scaled, its norm before scaling, the scale).
+def _one_each(pool: Pool, aggregator: Aggregator) -> list[Arrival]:
+    """Drop all but each client's newest row: that of the latest version, and among those the last to arrive."""
+    if not isinstance(aggregator, KeepsRows):
+        return []
+    newest: dict[str, int] = {}
+    for index, member in enumerate(pool.members):
+        before = newest.get(member.client)
+        if before is None or member.version >= pool.members[before].version:
+            newest[member.client] = index
+    old = sorted(set(range(len(pool.members))) - set(newest.values()), reverse=True)
+    for index in old:
+        pool.folds = {name: aggregator.drop(held, index) for name, held in pool.folds.items()}
+        del pool.shares[index], pool.weights[index]
+    return [pool.members.pop(index) for index in old]
 
-    The scale is `step` times the weighted mean discount, so that a stale group moves the model less but its rows
-    reach the rule unshrunk.
+
+def finish(pool: Pool, aggregator: Aggregator, memory: dict[str, Any], seed: int) -> Closing:
+    """The aggregate of a pool, which is used up.
+
+    The scale is the pool's step times the weighted mean discount, so that a stale group moves the model less but its
+    rows reach the rule unshrunk.
     """
-    aggregate: dict[str, Array] = {name: aggregator.finish(held) for name, held in pool.folds.items()}
-    scale = step * (pool.weight / pool.share if pool.share else 0.0)
+    clients = [member.client for member in pool.members]
+    outcomes = {
+        name: aggregator.finish(held, clients, memory.get(name) or aggregator.memory(), seed)
+        for name, held in pool.folds.items()
+    }
+    share = math.fsum(pool.shares)
+    scale = pool.step * (math.fsum(pool.weights) / share if share else 0.0)
+    aggregate = {name: outcome.vector for name, outcome in outcomes.items()}
     delta = aggregate[DELTA]
     norm = math.sqrt(max(0.0, float(np.dot(delta, delta))))
     if scale != 1.0:
         aggregate[DELTA] = np.multiply(delta, np.float32(scale), out=delta if delta.flags.writeable else None)
-    return aggregate, norm, scale
+    remembered = {name: outcome.memory for name, outcome in outcomes.items()}
+    return Closing(aggregate, norm, scale, dict(outcomes[DELTA].verdicts), remembered)

@@ -78,7 +78,9 @@ class TaskRecord:
 
 @dataclass(slots=True)
 class State:
-    """Everything that changes. `updates` counts those aggregated; `issued` all tasks; `ended` orders spent tasks."""
+    """Everything that changes. `updates` counts those aggregated; `issued` all tasks; `ended` orders spent tasks;
+    `memory` is what the aggregator remembers between groups, by blob name.
+    """
 
     vector: Vector
     scheduler: Any
@@ -96,6 +98,7 @@ class State:
     leases: dict[str, float] = field(default_factory=dict)
     ended: dict[str, None] = field(default_factory=dict)
     pools: dict[str, Pool] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 def encode(state: State) -> codec.Parts:
@@ -112,6 +115,8 @@ def decode(data: bytes, federation: Federation) -> State:
     fold_type = type(federation.aggregator.init(1))
     for pool in raw["pools"].values():
         pool["folds"] = {name: codec.convert(fold, fold_type) for name, fold in pool["folds"].items()}
+    memory_type = type(federation.aggregator.memory())
+    raw["memory"] = {name: codec.convert(held, memory_type) for name, held in raw["memory"].items()}
     state = codec.convert(raw, State)
     state.vector.flags.writeable = False
     return state

@@ -1,8 +1,118 @@
 """Aggregators: rows and weights to one vector. One rule is one file, named after it.
 
-Owns the names of the kinds. Must never import a rule before it is asked for.
+Owns the names of the kinds, and how a rule's settings become an aggregator. Must never import a rule before it is
+asked for.
 """
 
-from fedge.core.registry import Registry
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-AGGREGATORS = Registry("server.aggregator", {"mean": "fedge.strategies.aggregators.mean:Mean"})
+import msgspec
+
+from fedge.core.errors import ExperimentError
+from fedge.core.registry import Registry, explained
+from fedge.strategies.contracts import Aggregator
+from fedge.strategies.preaggregators import PREAGGREGATORS
+
+_HERE = "fedge.strategies.aggregators"
+
+AGGREGATORS = Registry(
+    "server.aggregator",
+    {
+        "mean": f"{_HERE}.mean:Mean",
+        "average": f"{_HERE}.average:Average",
+        "krum": f"{_HERE}.krum:Krum",
+        "multi-krum": f"{_HERE}.krum:MultiKrum",
+        "mda": f"{_HERE}.mda:MinimumDiameterAveraging",
+        "geometric-median": f"{_HERE}.geometric_median:GeometricMedian",
+        "centered-clipping": f"{_HERE}.centered_clipping:CenteredClipping",
+        "caf": f"{_HERE}.caf:CovarianceFilter",
+        "dnc": f"{_HERE}.dnc:DivideAndConquer",
+        "foolsgold": f"{_HERE}.foolsgold:FoolsGold",
+        "fltrust": f"{_HERE}.fltrust:FLTrust",
+        "flag": f"{_HERE}.flag:FlagAggregator",
+        "median": f"{_HERE}.median:Median",
+        "trimmed-mean": f"{_HERE}.trimmed_mean:TrimmedMean",
+        "meamed": f"{_HERE}.meamed:MeaMed",
+        "phocas": f"{_HERE}.phocas:Phocas",
+        "bulyan": f"{_HERE}.bulyan:Bulyan",
+        "sign-majority": f"{_HERE}.sign_majority:SignMajority",
+        "gas": f"{_HERE}.gas:GradientSplitting",
+        "local-clipping": f"{_HERE}.local_clipping:LocalClipping",
+    },
+)
+
+# Kinds that stand for settings of another; what a user adds goes on top.
+PRESETS: Mapping[str, Mapping[str, Any]] = {}
+
+CHAIN = ("byzantine", "pre", "momentum", "cache")  # settings of the aggregator around every robust rule
+
+
+class Chain(msgspec.Struct, frozen=True):
+    """Those settings: at most `byzantine` hostile rows per group; pre-aggregators by name or as a table."""
+
+    byzantine: int = 0
+    pre: list[str | dict[str, Any]] = []
+    momentum: float = 0.0
+    cache: bool = False
+
+
+def build(settings: Mapping[str, Any]) -> Aggregator:
+    """The aggregator {"kind": ..., **settings of the rule and of CHAIN}. Raises ExperimentError."""
+    table = _spelt(settings)
+    own = {key: table.pop(key) for key in CHAIN if key in table}
+    if table.get("kind") == "mean" and own:
+        table["kind"] = "average"  # the mean of rows that are kept
+    rule: Any = AGGREGATORS.build(table)
+    if hasattr(rule, "fold"):
+        if own:
+            raise ExperimentError(f"server.aggregator.{next(iter(own))}: {table['kind']!r} has no such setting.")
+        return rule  # type: ignore[no-any-return]
+    _check_rule(rule, str(table["kind"]))
+    from fedge.strategies.aggregators.robust import Robust
+
+    chain = _chain(own)
+    pre = tuple(PREAGGREGATORS.build({"kind": step} if isinstance(step, str) else step) for step in chain.pre)
+    return Robust(rule, chain.byzantine, pre, chain.momentum, chain.cache)
+
+
+def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings with every default written out. Raises ExperimentError."""
+    built: Any = build(settings)
+    table = _spelt(settings)
+    rule = getattr(built, "rule", None)
+    if rule is None:
+        return {"kind": table["kind"], **_fields(built)}
+    chain = _chain({key: table[key] for key in CHAIN if key in table})
+    names = [{"kind": step} if isinstance(step, str) else step for step in chain.pre]
+    pre = [{"kind": name["kind"], **_fields(step)} for name, step in zip(names, built.pre)]
+    own = {"byzantine": chain.byzantine, "pre": pre, "momentum": chain.momentum, "cache": chain.cache}
+    return {"kind": table["kind"], **_fields(rule), **own}
+
+
+def _spelt(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with a preset's name replaced by what it stands for."""
+    preset = PRESETS.get(str(settings.get("kind")))
+    return dict(settings) if preset is None else {**preset, **settings, "kind": preset["kind"]}
+
+
+def _check_rule(rule: Any, kind: str) -> None:
+    forms = ("coefficients", "reduce", "choose")
+    if not (hasattr(rule, "least") and hasattr(rule, "honours_weights") and any(hasattr(rule, form) for form in forms)):
+        raise ExperimentError(
+            f"server.aggregator: {kind!r} is no rule; give it honours_weights, least() and one of "
+            f"{', '.join(f'{form}()' for form in forms)}, or the methods of an Aggregator (fedge.strategies.contracts)."
+        )
+
+
+def _chain(own: Mapping[str, Any]) -> Chain:
+    try:
+        return msgspec.convert(dict(own), Chain)
+    except msgspec.ValidationError as error:
+        path, what = explained(error)
+        raise ExperimentError(f"server.aggregator.{path}: {what}.") from None
+
+
+def _fields(built: Any) -> dict[str, Any]:
+    return {field.name: getattr(built, field.name) for field in dataclasses.fields(built) if field.init}

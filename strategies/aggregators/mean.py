@@ -4,6 +4,7 @@ Laws: the order of rows does not matter, merging two states equals folding all r
 changes nothing (each up to rounding). Must never be used against hostile clients: one row moves it at will.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from fedge.core.params import Array, Vector
 from fedge.strategies.blocks import accumulate
+from fedge.strategies.contracts import Outcome
 
 
 @dataclass(slots=True)
@@ -32,6 +34,13 @@ class Mean:
         """One row is its own mean."""
         return 1
 
+    def lacks(self, clients: Collection[str], memory: None) -> str:
+        """Nothing."""
+        return ""
+
+    def memory(self) -> None:
+        """Nothing outlives a group."""
+
     def init(self, size: int) -> MeanState:
         """Nothing folded yet."""
         return MeanState(np.zeros(size, np.float32))
@@ -49,8 +58,8 @@ class Mean:
         state.weight += other.weight
         return state
 
-    def finish(self, state: MeanState) -> Vector:
+    def finish(self, state: MeanState, clients: Sequence[str], memory: None, seed: int) -> Outcome:
         """The mean, in the memory of the total."""
         if state.weight not in (0.0, 1.0):
             np.divide(state.total, state.weight, out=state.total)
-        return state.total
+        return Outcome(state.total)
