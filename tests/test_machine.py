@@ -23,6 +23,7 @@ from fedge.server.machine.events import (
     Refuse,
     Ticked,
 )
+from fedge.strategies import aggregators
 from fedge.strategies.contracts import Keep, Train
 from fedge.strategies.optimizers import OPTIMIZERS
 from fedge.strategies.schedulers import SCHEDULERS
@@ -160,20 +161,93 @@ def test_the_target_ends_the_run_and_nothing_counts_after():
     assert [effect.reason for effect in table.effects if isinstance(effect, Refuse)] == ["TASK_SPENT"]
 
 
-def test_a_rule_that_needs_more_rows_holds_the_group_and_merges_it():
-    class Two(type(federation().aggregator)):
-        def min_rows(self):
-            return 2
+def one_by_one(byzantine=1, alpha=1.0, **settings):
+    """FedAsync, which closes a group with every update, in front of a trimmed mean: it needs 2 f + 1 clients."""
+    aggregator = aggregators.build({"kind": "trimmed-mean", "byzantine": byzantine, **settings})
+    scheduler = SCHEDULERS.build({"kind": "fedasync", "alpha": alpha})
+    return federation(scheduler=scheduler, aggregator=aggregator, expected=3)
 
-    plan = federation(scheduler=SCHEDULERS.build({"kind": "fedasync", "alpha": 1.0}), aggregator=Two())
-    table = Table(plan)
-    table.join("a", "b")
+
+def test_a_rule_that_needs_more_rows_holds_the_group_and_merges_it():
+    table = Table(one_by_one())
+    table.join("a", "b", "c")
     table.deliver("a", 1.0, 1.0)
+    table.deliver("b", 2.0, 5.0)
     assert table.machine.broadcast.version == 0
-    assert "held" in table.kinds()
-    table.deliver("b", 2.0, 3.0)
+    held = [effect for effect in table.seen if getattr(effect, "kind", "") == "held"]
+    assert [record.values["missing"] for record in held] == ["2 more clients", "1 more clients"]
+    table.deliver("c", 3.0, 100.0)
     assert table.machine.broadcast.version == 1
-    np.testing.assert_array_equal(table.machine.broadcast.vector, np.full(SIZE, -2.0))
+    np.testing.assert_array_equal(table.machine.broadcast.vector, np.full(SIZE, -5.0))  # the middle one
+
+
+def test_steps_of_held_groups_add_up_to_one_at_most():
+    for alpha, wanted in ((0.25, 0.75), (0.6, 1.0), (2.0, 2.0)):
+        table = Table(one_by_one(alpha=alpha))
+        table.join("a", "b", "c")
+        for now, name in enumerate("abc", 1):
+            table.deliver(name, float(now), 4.0)
+        np.testing.assert_allclose(table.machine.broadcast.vector, np.full(SIZE, -4.0 * wanted), rtol=1e-6)
+
+
+def test_a_flooding_client_has_one_row_in_a_group_its_newest():
+    table = Table(one_by_one())
+    table.join("a", "b", "c")
+    for now in range(1, 20):
+        table.deliver("a", float(now), 1000.0 + now)
+    assert table.machine.broadcast.version == 0
+    table.deliver("b", 20.0, 1.0)
+    table.deliver("c", 21.0, 3.0)
+    np.testing.assert_array_equal(table.machine.broadcast.vector, np.full(SIZE, -3.0))
+    old = [effect.values for effect in table.seen if getattr(effect, "kind", "") == "superseded"]
+    assert len(old) == 18
+    assert {values["client"] for values in old} == {"a"}
+    (group,) = (effect.values for effect in table.effects if getattr(effect, "kind", "") == "aggregated")
+    assert [member["client"] for member in group["members"]] == ["a", "b", "c"]
+    assert table.machine.updates == 3
+
+
+def test_the_last_rows_of_absent_clients_stand_in_for_them():
+    table = Table(one_by_one(cache=True))
+    table.join("a", "b", "c")
+    for now, (name, value) in enumerate((("a", 1.0), ("b", 2.0), ("c", 9.0)), 1):
+        table.deliver(name, float(now), value)
+    before = table.machine.broadcast.vector.copy()
+    np.testing.assert_array_equal(before, np.full(SIZE, -2.0))
+    table.deliver("a", 4.0, 5.0)  # alone, and yet a median of 5, 2 and 9
+    np.testing.assert_array_equal(table.machine.broadcast.vector, before - 5.0)
+    (group,) = (effect.values for effect in table.effects if getattr(effect, "kind", "") == "aggregated")
+    assert [member["client"] for member in group["members"]] == ["a"]
+    assert [row["client"] for row in group["absent"]] == ["b", "c"]
+
+
+def test_a_restored_machine_remembers_rows_and_goes_on_to_the_bit():
+    plan = one_by_one(cache=True, momentum=0.5)
+    table = Table(plan)
+    table.join("a", "b", "c")
+    for now, (name, value) in enumerate((("a", 1.0), ("b", 2.0), ("c", 9.0), ("a", 3.0)), 1):
+        table.deliver(name, float(now), value)
+    again = Table(plan, Machine.restore(plan, table.machine.snapshot()))
+    again.tasks = dict(table.tasks)
+    for other in (table, again):
+        other.deliver("b", 9.0, 7.0)
+    assert np.array_equal(table.machine.broadcast.vector, again.machine.broadcast.vector)
+    assert table.machine.snapshot() == again.machine.snapshot()
+
+
+def test_verdicts_are_in_the_record():
+    aggregator = aggregators.build({"kind": "multi-krum", "byzantine": 1})
+    table = Table(federation(aggregator=aggregator, expected=5))
+    names = ["a", "b", "c", "d", "e"]
+    table.join(*names)
+    for name, value in zip(names, (1.0, 1.1, 0.9, 1.0, 50.0)):
+        table.deliver(name, 1.0, value)
+    (group,) = (effect.values for effect in table.effects if getattr(effect, "kind", "") == "aggregated")
+    said = {member["client"]: member for member in group["members"]}
+    assert [name for name in names if said[name]["rejected"]] == ["e"]
+    assert said["e"]["coefficient"] == 0.0
+    assert said["a"]["coefficient"] == 0.25
+    assert said["e"]["score"] > 100 * said["a"]["score"]
 
 
 def test_float_buffers_are_averaged_whatever_the_optimizer():

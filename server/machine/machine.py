@@ -408,7 +408,8 @@ class Machine:
         whole.step = min(whole.step + order.step, max(1.0, order.step))
         self._record_superseded(old)
         members = tuple(whole.members)
-        if missing := plan.aggregator.lacks([member.client for member in members], held.memory.get(DELTA)):
+        remembered = held.memory.get(DELTA) or plan.aggregator.memory()
+        if missing := plan.aggregator.lacks([member.client for member in members], remembered):
             whole.state = advance(POOL, whole.state, "short")
             held.pools[HELD] = whole
             self._record("held", pools=order.pools, rows=len(members), missing=missing)
