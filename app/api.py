@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge import build, runs, trackers
+from fedge import build, hostile, runs, trackers
 from fedge.client.data import load as load_data
 from fedge.core.errors import ExperimentError, TrainerError
 from fedge.core.params import Array, Vector
@@ -40,6 +40,8 @@ def play(experiment: Experiment, folder: Callable[[], Path | None], watchers: Se
     build.check_target(experiment, dataset)
     parts = build.shards(experiment, dataset)
     partition = build.partition_summary(dataset, parts)
+    if hostile.poisons(experiment):
+        dataset, parts = hostile.poisoned(experiment, dataset, parts)
     trainer = build.trainer(experiment, dataset)
     simulation = build.simulation(experiment, trainer, parts)
     path = folder()

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedge import experiment as experiments
+from fedge import hostile
 from fedge.client.data import PARTITIONS, Dataset, Partition, counts, load
 from fedge.client.trainer import Shard, Trainer
 from fedge.core import registry
@@ -30,6 +31,8 @@ from fedge.strategies.weighers import STALENESS, WEIGHERS
 # (docs/schedulers.md has the figures); rounds know no staleness; the others are as published.
 STALENESS_FOR = {"fedasync": "polynomial", "fedbuff": "polynomial"}
 COMPASS_MOMENTUM = 0.6
+# With a cache every client's row is in every aggregate: it needs no balance by speed, and old rows push on by themselves.
+CACHED_MOMENTUM = 0.3
 HALVES = ("scaffold", "feddyn")  # algorithms with a hook on the client and an optimizer on the server
 
 
@@ -47,6 +50,8 @@ def settled(experiment: Experiment) -> Experiment:
     if partition.get("kind") != "natural":
         partition.setdefault("clients", 10)
     hooks = [hook.get("kind") for hook in data["client"]["hooks"]]
+    if server["scheduler"].get("kind") == "compass" and server["aggregator"].get("cache"):
+        server["scheduler"].setdefault("balance", 0.0)
     server.setdefault("optimizer", _optimizer_for(server, hooks))
     server.setdefault("weigher", {"kind": _weigher_for(server)})
     server.setdefault("staleness", {"kind": STALENESS_FOR.get(_kind(server["scheduler"]), "constant")})
@@ -56,6 +61,8 @@ def settled(experiment: Experiment) -> Experiment:
             server[slot] = complete(table, server[slot])
     server["aggregator"] = aggregators.completed(server["aggregator"])
     data["simulation"]["speeds"] = complete(SPEEDS, data["simulation"]["speeds"])
+    if "attack" in data["simulation"]:
+        data["simulation"]["attack"] = hostile.completed(data["simulation"]["attack"])
     data["client"]["hooks"] = [complete(HOOKS, hook) for hook in data["client"]["hooks"]]
     found = experiments.of(data)
     _check_pairs(found, hooks)
@@ -93,7 +100,8 @@ def _optimizer_for(server: Mapping[str, Any], hooks: Sequence[Any]) -> Component
     if weigher.get("kind") == "fednova":
         return {"kind": "fednova", "momentum": WEIGHERS.build(weigher).momentum}
     if scheduler.get("kind") == "compass":
-        return {"kind": "momentum", "beta": COMPASS_MOMENTUM}
+        beta = CACHED_MOMENTUM if server["aggregator"].get("cache") else COMPASS_MOMENTUM
+        return {"kind": "momentum", "beta": beta}
     return {"kind": "sgd"}
 
 
@@ -145,6 +153,8 @@ def _check_sizes(experiment: Experiment) -> None:
     if not clients:
         return  # a natural partition: as many as the data set has
     _check_aggregator(experiment, clients)
+    if attack := hostile.adversary(experiment):
+        attack.chosen(clients, experiment.experiment.seed)
     scheduler(experiment)
     server = experiment.server
     for where, table in (("scheduler", server.scheduler), ("selector", server.selector or {})):
@@ -312,11 +322,14 @@ def _torch_trainer(experiment: Experiment, dataset: Dataset) -> Trainer:
 def trainer_from(settings: Mapping[str, Any]) -> Trainer:
     """The trainer of an experiment given as plain data: how a worker process builds its own."""
     experiment = experiments.of(settings)
-    return trainer(experiment, load(experiment.data.dataset))
+    dataset = load(experiment.data.dataset)
+    if hostile.poisons(experiment):
+        dataset, _ = hostile.poisoned(experiment, dataset, shards(experiment, dataset))
+    return trainer(experiment, dataset)
 
 
 def simulation(experiment: Experiment, built: Trainer, parts: list[Shard]) -> Simulation:
-    """The run in virtual time, ready to go."""
+    """The run in virtual time, ready to go; trainer and shards are those of the poisoned data, where it is."""
     settings = experiment.simulation
     network = Network(**{name: getattr(settings.network, name) for name in settings.network.__struct_fields__})
     return Simulation(
@@ -330,4 +343,5 @@ def simulation(experiment: Experiment, built: Trainer, parts: list[Shard]) -> Si
         worker_spec=("fedge.build:trainer_from", experiments.plain(experiment)),
         evaluate_updates=experiment.experiment.evaluate_updates,
         names=client_names(len(parts)),
+        adversary=hostile.adversary(experiment),
     )

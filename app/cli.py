@@ -25,6 +25,7 @@ from fedge.core.errors import ExperimentError, FedgeError
 if TYPE_CHECKING:
     from fedge.experiment import Stop
     from fedge.runs import Run, Watcher
+    from fedge.strategies.aggregators.advice import Advice
 
 app = typer.Typer(
     name="fedge",
@@ -32,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+robust = typer.Typer(name="robust", help="Aggregation among hostile clients.")
+app.add_typer(robust)
 
 INTERRUPTED = 130
 USAGE = 2
@@ -223,6 +226,33 @@ def status(address: Address, json: Json = False) -> None:
     _table(heads, [[str(client[key]) for key in heads] for client in found["clients"]], "")
 
 
+@robust.callback(invoke_without_command=True)
+def _robust(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@robust.command()
+def advise(
+    clients: Annotated[int, typer.Option(help="How many clients there are.", show_default=False)],
+    byzantine: Annotated[int, typer.Option(help="How many of them are hostile, at most.", show_default=False)],
+    sampled: Annotated[int | None, typer.Option(help="How many are drawn per round; else all.")] = None,
+    risk: Annotated[float, typer.Option(help="The accepted probability that a round holds more than f.")] = 1e-3,
+    rounds: Annotated[int, typer.Option(help="The risk is for all of so many rounds together.")] = 1,
+    json: Json = False,
+) -> None:
+    """Which f to set and which rules withstand it, for clients drawn at random."""
+    from dataclasses import asdict
+
+    from fedge.strategies.aggregators import advice
+
+    found = advice.advise(clients, clients if sampled is None else sampled, byzantine, risk, rounds)
+    if json:
+        typer.echo(jsons.dumps(asdict(found), default=float))
+        return
+    _advice(found)
+
+
 # ---- printing ----------------------------------------------------------------------------------
 
 
@@ -259,7 +289,26 @@ def _report(made: "Run", json: bool) -> None:
     words.append(f"{made.summary['versions']} versions, {made.summary['updates']} updates ({made.summary['finished']})")
     if made.summary["failures"]:
         words.append(made.summary["failures"])
+    if made.summary.get("unheard"):
+        words.append(made.summary["unheard"])
     _say(summary, json, "\n".join(["  ".join(words), page or str(made.folder)]))
+
+
+def _advice(found: "Advice") -> None:
+    """The probabilities, what follows from them, the rules, and what to write."""
+    f = found.byzantine
+    typer.echo(f"{found.sampled} clients per round, drawn from {found.clients} of whom {found.hostile} are hostile\n")
+    tails = [(str(tail.byzantine), f"{float(tail.group):.2g}", f"{float(tail.run):.2g}") for tail in found.tails]
+    _table(("f", "more than f in a round", f"in any of {found.rounds}"), tails[max(0, f - 8) : f + 2], "")
+    typer.echo(f"\n{found.words}\n")
+    answer = {True: "yes", False: "no"}
+    rules = [
+        (rule.kind, answer[rule.valid], str(rule.needs or "-"), answer[rule.honours_weights], rule.cost)
+        for rule in found.rules
+    ]
+    _table(("rule", f"withstands {f} of {found.sampled}", "least rows", "honours weights", "cost"), rules, "")
+    remarks = [f"{rule.kind}: {rule.note}" for rule in found.rules if rule.note]
+    typer.echo("\n" + "\n".join([*remarks, "", found.experiment]), nl=False)
 
 
 def _say(data: Mapping[str, Any], as_json: bool, text: str) -> None:
@@ -300,7 +349,12 @@ def _commands() -> click.Group:
     """What Typer makes of the functions, with the help of arguments, which it loses under Click 8.5."""
     group = typer.main.get_command(app)
     assert isinstance(group, click.Group)  # noqa: S101 -- there is more than one command
-    for command in group.commands.values():
+    waiting: list[click.Command] = [group]
+    while waiting:
+        command = waiting.pop()
+        if isinstance(command, click.Group):
+            waiting += command.commands.values()
+            continue
         hints = get_type_hints(command.callback, include_extras=True)
         for parameter in command.params:
             if isinstance(parameter, TyperArgument):

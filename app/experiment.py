@@ -29,6 +29,7 @@ UPDATES_IF_ENDLESS = 2000  # a stop without updates, versions or seconds might n
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 NAME_IN_WORDS = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or a digit"
 TRACKERS = ("files", "tensorboard")
+KEPT = {"data.partition": ("clients",), "simulation.attack": ("clients", "faster")}  # whatever the kind
 
 
 def component(kind: str, **settings: Any) -> Any:
@@ -110,6 +111,7 @@ class Simulation(Struct, frozen=True, kw_only=True):
     jitter: NotNegative = 0.05  # relative spread of each task's duration
     processes: Annotated[int, Meta(ge=0, le=256)] = 0  # that train in parallel; 0 trains in this one
     network: Network = Network()
+    attack: Component | None = None  # what some of the clients do: kind, clients = 1, faster = 1.0, and its settings
 
 
 class Deploy(Struct, frozen=True, kw_only=True):
@@ -174,7 +176,8 @@ def of(data: Mapping[str, Any]) -> Experiment:
 def apply(data: dict[str, Any], override: str) -> None:
     """Set one "dotted.key=VALUE" in plain data. VALUE is TOML; anything else is text.
 
-    A component given another kind starts from that kind's own defaults; a partition keeps its number of clients.
+    A component given another kind starts from that kind's own defaults; a partition keeps its number of clients, an
+    attack how many are hostile and how fast.
     """
     path, equals, text = override.partition("=")
     *parents, key = path.strip().split(".")
@@ -187,7 +190,7 @@ def apply(data: dict[str, Any], override: str) -> None:
             raise ExperimentError(f"--set {override!r}: {parent!r} is no table.")
     value = _toml_value(text.strip())
     if key == "kind" and table.get("kind") != value:
-        kept = {"clients": table["clients"]} if parents == ["data", "partition"] and "clients" in table else {}
+        kept = {name: table[name] for name in KEPT.get(".".join(parents), ()) if name in table}
         table.clear()
         table |= kept
     table[key] = value

@@ -10,6 +10,29 @@ from typing import Any
 
 from fedge.server.machine.events import Record
 
+OFTEN, ENOUGH = 0.9, 5  # rejected in this share of at least so many groups: always, for what one can tell
+NAMED = 10  # clients in one line
+
+
+@dataclass
+class Heard:
+    """How often a client's row was judged, and rejected; the sum of its scores."""
+
+    judged: int = 0
+    rejected: int = 0
+    score_sum: float = 0.0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """One verdict, as in a member of "aggregated"."""
+        self.judged += 1
+        self.rejected += bool(row["rejected"])
+        self.score_sum += row.get("score") or 0.0
+
+    @property
+    def always_rejected(self) -> bool:
+        """Whether it was rejected nearly always, often enough to be no chance."""
+        return self.judged >= ENOUGH and self.rejected >= OFTEN * self.judged
+
 
 @dataclass
 class Tally:
@@ -30,6 +53,7 @@ class Tally:
     counts: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     updates_by_client: Counter[str] = field(default_factory=Counter)
+    heard: dict[str, Heard] = field(default_factory=dict)
     lines: list[Mapping[str, Any]] = field(default_factory=list)
 
     def record(self, record: Record) -> None:
@@ -40,8 +64,7 @@ class Tally:
         if record.kind == "arrived":
             self._arrived(values)
         elif record.kind == "aggregated":
-            self.version = values["version"]
-            self.updates += len(values["members"])
+            self._aggregated(values)
         elif record.kind == "refused" and not self.finished:  # what comes after the end is no fault
             self.refused[values["reason"]] += 1
             self.last_failure = values.get("detail") or values["reason"]
@@ -57,6 +80,13 @@ class Tally:
         self.staleness_sum += values["staleness"]
         self.staleness_max = max(self.staleness_max, values["staleness"])
         self.updates_by_client[values["client"]] += 1
+
+    def _aggregated(self, values: Mapping[str, Any]) -> None:
+        self.version = values["version"]
+        self.updates += len(values["members"])
+        for row in (*values["members"], *values.get("absent", ())):
+            if "rejected" in row:
+                self.heard.setdefault(row["client"], Heard()).add(row)
 
     def metrics(self, line: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
@@ -85,6 +115,31 @@ class Tally:
         words = ", ".join(f"{what}: {count}" for what, count in counted.items() if count)
         return f"{words} (last: {self.last_failure})" if words else ""
 
+    @property
+    def unheard(self) -> str:
+        """Who was always rejected, which may be an honest client unlike the others; empty where nobody was."""
+        found = sorted(
+            ((name, heard) for name, heard in self.heard.items() if heard.always_rejected),
+            key=lambda item: (-item[1].rejected, item[0]),
+        )
+        words = [f"{name} ({heard.rejected} of {heard.judged})" for name, heard in found]
+        more = f" and {len(words) - NAMED} more" if len(words) > NAMED else ""
+        return f"always rejected: {', '.join(words[:NAMED])}{more}" if words else ""
+
+    def _verdicts(self) -> dict[str, Any]:
+        """Who was listened to, where rows were judged."""
+        if not self.heard:
+            return {}
+        known = sorted(self.heard.items())
+        return {
+            "verdicts": {
+                name: {"judged": one.judged, "rejected": one.rejected, "score": one.score_sum / one.judged}
+                for name, one in known
+            },
+            "always_rejected": [name for name, one in known if one.always_rejected],
+            "unheard": self.unheard,
+        }
+
     def summary(self) -> dict[str, Any]:
         """What of summary.json follows from the records alone."""
         accuracies, losses = self.column("accuracy"), self.column("loss")
@@ -106,5 +161,8 @@ class Tally:
             "bytes_up": self.bytes_up,
             "bytes_down": int(max(self.column("bytes_down"), default=0)),
             "staleness": {"mean": self.staleness_mean, "max": self.staleness_max},
+            "superseded": self.counts["superseded"],
+            "held": self.counts["held"],
+            **self._verdicts(),
             "seconds": self.t,
         }

@@ -20,7 +20,7 @@ Images = NDArray[np.float32]
 
 
 class Perceptron:
-    """A `Trainer` (see fedge.client.trainer) over images [n, 28, 28] in 0..255 and labels [n]."""
+    """A `Trainer` (see fedge.client.trainer) over images or features [n, ...] and labels [n]."""
 
     def __init__(self, dataset: Any, hidden: int = 64, batch_size: int = 32, rate: float = 0.1, seed: int = 0) -> None:
         self._x, self._xt = (scaled(images) for images in (dataset.x_train, dataset.x_test))
@@ -81,9 +81,10 @@ class Perceptron:
         return loss
 
 
-def scaled(images: NDArray[np.uint8]) -> Images:
-    """[n, pixels] in 0..1."""
-    return np.asarray(images, np.float32).reshape(len(images), -1) / 255
+def scaled(images: NDArray[Any]) -> Images:
+    """[n, features]: bytes in 0..1, floats as they are."""
+    flat = np.asarray(images, np.float32).reshape(len(images), -1)
+    return flat / 255 if images.dtype == np.uint8 else flat
 
 
 def batches(shard: Shard, size: int, steps: int, random: np.random.Generator) -> list[Shard]:

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -35,6 +36,7 @@ from fedge.server.machine.events import (
     Ticked,
     WakeAt,
 )
+from fedge.simulation.adversary import Adversary, Crew
 from fedge.simulation.network import Line, Network
 from fedge.simulation.pool import Pool
 from fedge.simulation.speeds import StepTimes
@@ -79,9 +81,11 @@ class Simulation:
         worker_spec: tuple[str, Mapping[str, Any]] | None = None,
         evaluate_updates: int = 1,
         names: Sequence[str] | None = None,
+        adversary: Adversary | None = None,
     ) -> None:
         """`processes` > 1 trains in as many workers, each of which builds its trainer by `worker_spec`: the dotted
-        path of a function and the plain settings it is called with. `names` are the clients' (client-000, ...).
+        path of a function and the plain settings it is called with. `names` are the clients' (client-000, ...), some
+        of which are the `adversary`'s.
         """
         self._federation = federation
         self._trainer = trainer
@@ -93,6 +97,7 @@ class Simulation:
         self._evaluate_updates = evaluate_updates
         self._names = list(names or (f"client-{index:03d}" for index in range(len(shards))))
         self._index = {name: index for index, name in enumerate(self._names)}
+        self._crew = Crew(adversary, self._names, federation.aggregator, self._seed) if adversary else None
         self._pool = Pool(processes, *worker_spec, shards) if processes > 1 and worker_spec else None
         self._machine = Machine(federation, trainer.initial())
         self._current = self._machine.broadcast
@@ -101,8 +106,10 @@ class Simulation:
         self._drops_at = [leaving.get(index, inf) for index in range(len(shards))]
         self._tasks_done = [0] * len(shards)
         self._state: list[ClientState] = [{} for _ in shards]
-        # Deltas are folded at once into an associative aggregate, so one buffer serves every client.
-        self._delta = np.empty(federation.layout.size, np.float32) if federation.aggregator.associative else None
+        # Deltas are folded at once into an associative aggregate, so one buffer serves every client, unless a hostile
+        # one remembers what it saw.
+        shared = federation.aggregator.associative and not adversary
+        self._delta = np.empty(federation.layout.size, np.float32) if shared else None
         self._queue: list[tuple[float, int, Event | Delivery]] = []
         self._order = itertools.count()
         self._meter = Meter()
@@ -117,6 +124,8 @@ class Simulation:
         self._on_record, self._on_metrics = on_record, on_metrics
         self._started = time.perf_counter()
         try:
+            if self._crew:
+                on_record(Record(0.0, "hostile", {"clients": self._crew.names, "attack": self._crew.adversary.kind}))
             self._enrol()
             self._evaluate()
             while self._queue and not self._machine.finished:
@@ -205,13 +214,18 @@ class Simulation:
         if delivered >= self._drops_at[index]:
             return
         timings = {"download_s": received - now, "compute_s": computed - received, "upload_s": delivered - computed}
-        self._push(delivered, Delivery(index, task, self._current, timings))
+        due = Delivery(index, task, self._current, timings)
+        self._push(delivered, due)
         if self._pool:
             self._pool.submit(index, task, self._current)
+        if self._crew:
+            self._crew.begin(index, task, partial(self._train, due))
 
     def _step_s(self, index: int) -> float:
         number = self._tasks_done[index]
         mean = self._speeds.step_s(index, number, self._seed)
+        if self._crew and index in self._crew.members:
+            mean /= self._crew.adversary.faster
         if not self._jitter:
             return mean
         drawn = generator(self._seed, "jitter", index, number).normal(mean, self._jitter * mean)
@@ -220,7 +234,8 @@ class Simulation:
     def _deliver(self, due: Delivery, now: float) -> Event:
         """The update, or the trainer's failure, at the time it is due."""
         try:
-            return Arrived(now, _timed(self._train(due), due.timings))
+            update = self._crew.deliver(due.index, due.task) if self._crew else self._train(due)
+            return Arrived(now, _timed(update, due.timings))
         except TrainerError as error:
             return Failed(now, due.task.client, due.task.id, str(error))
 

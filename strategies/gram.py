@@ -19,7 +19,7 @@ Matrix = NDArray[np.float64]
 Weights = NDArray[np.float64]
 
 BLOCK = 1 << 13  # elements per product: OpenBLAS sums up to 10 000 in one thread, in one order
-SUM_BLOCK = 1 << 15  # elements per weighted sum: 20 rows of them fit in a cache of 2 MiB
+SUM_BLOCK = 1 << 16  # elements per step of a weighted sum: two blocks of them stay in the cache
 CLOSE = 1e-6  # of the squared norms: a smaller squared distance needs products around a common row
 
 
@@ -83,20 +83,17 @@ def distances(found: Matrix) -> Matrix:
 
 def weighted_sum(rows: Sequence[Vector], coefficients: Weights) -> Vector:
     """Sum of coefficient * row, float32 [d]; rows with the coefficient 0 are not even read."""
-    used = np.flatnonzero(coefficients)
-    size, factors = rows[0].size, coefficients[used].astype(np.float32)
-    total = np.zeros(size, np.float32)
-    if not len(used):
-        return total
-    chosen = [rows[index] for index in used.tolist()]
+    used = np.flatnonzero(coefficients).tolist()
+    total = np.zeros(rows[0].size, np.float32)
 
     def part(start: int, stop: int) -> None:
-        scratch = np.empty(len(chosen) * SUM_BLOCK, np.float32)
+        scratch = np.empty(SUM_BLOCK, np.float32)
         for low in range(start, stop, SUM_BLOCK):
-            high = min(low + SUM_BLOCK, stop)
-            panel = scratch[: len(chosen) * (high - low)]
-            np.concatenate([row[low:high] for row in chosen], out=panel)
-            np.einsum("i,ij->j", factors, panel.reshape(len(chosen), -1), out=total[low:high])
+            here = slice(low, min(low + SUM_BLOCK, stop))
+            sums, product = total[here], scratch[: here.stop - low]
+            for index in used:
+                np.multiply(rows[index][here], np.float32(coefficients[index]), out=product)
+                sums += product
 
-    halves(part, size, SUM_BLOCK)
+    halves(part, total.size, SUM_BLOCK)
     return total

@@ -190,3 +190,28 @@ def summary(world: World, kind: str, seed: int, metrics: list[dict[str, Any]], n
         "seconds": metrics[-1]["t"], "wall_s": metrics[-1]["wall_s"], "model_sha256": "5e" * 32,
         "partition": {"classes": list(range(10)), "counts": counts.astype(int).tolist(), "clients": names},
     }  # fmt: skip
+
+
+def judge(folder: Path, hostile: list[str], cached: bool = False, coefficients: bool = True) -> Path:
+    """Add verdicts to a run: hostile rows are rejected nearly always, stale ones now and then."""
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    known: set[str] = set()
+    for entry in events:
+        if entry["event"] != "aggregated":
+            continue
+        members = {member["client"]: member for member in entry["members"]}  # the newest row of each
+        entry["members"] = list(members.values())
+        absent = [{"client": name} for name in sorted(known - set(members))] if cached else []
+        known |= set(members)
+        for row in [*entry["members"], *absent]:
+            draw = generator(5, row["client"], entry["version"]).random()
+            odds = 0.96 if row["client"] in hostile else 0.04 + 0.08 * row.get("staleness", 1)
+            row |= {"score": round(0.8 + 1.6 * (draw < odds) + 0.3 * draw, 4), "rejected": bool(draw < odds)}
+            if coefficients:
+                row["coefficient"] = 0.0 if draw < odds else 0.1
+        if absent:
+            entry["absent"] = absent
+    if hostile:
+        events.insert(0, {"t": 0.0, "event": "hostile", "clients": hostile, "attack": "sign-flip"})
+    (folder / "events.jsonl").write_text("\n".join(map(json.dumps, events)) + "\n")
+    return folder

@@ -181,6 +181,7 @@ def test_init_where_nothing_can_be_written_is_one_sentence(tmp_path: Path, capsy
         ("report", ["A run folder."]),
         ("compare", ["Run folders.", "the runs' own"]),
         ("status", ["host:port of the coordinator."]),
+        ("robust", ["advise", "which rules withstand"]),
     ],
 )
 def test_help_shows_every_argument_and_what_holds_without_it(
@@ -193,10 +194,21 @@ def test_help_shows_every_argument_and_what_holds_without_it(
 
 
 def test_no_help_text_holds_markup() -> None:
-    for command in cli._commands().commands.values():
+    commands: list[Any] = list(cli._commands().commands.values())
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
         for parameter in command.params:
             assert parameter.help, f"{command.name} {parameter.name}"
             assert "[" not in parameter.help
+    assert "advise" in {command.name for command in commands}
+
+
+def test_arguments_of_nested_commands_keep_their_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.robust, "registered_commands", list(cli.robust.registered_commands))
+    cli.robust.command("nested")(cli.report)
+    assert "A run folder." in call(capsys, "robust", "nested", "--help")[1]
 
 
 def test_without_a_command_there_is_help_and_no_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,6 +299,8 @@ def test_a_run_with_a_failure_says_so(broken: Path, capsys: pytest.CaptureFixtur
         (["status", "127.0.0.1:1"], 6, "ADDRESS"),
         (["status", "foo"], 6, "ADDRESS"),
         (["init", "/proc/fedge"], 2, "BAD_EXPERIMENT"),
+        (["robust", "advise", "--clients", "10", "--byzantine", "5"], 2, "BAD_EXPERIMENT"),
+        (["robust", "advise", "--clients", "10"], 2, "USAGE"),
         (["join", "nonsense"], 6, "ADDRESS"),
         (["join", "127.0.0.1:1", "small.toml", "--shard", "7"], 2, "BAD_EXPERIMENT"),
         (["join", "127.0.0.1:1", "--set", "client.batch_size=1"], 2, "BAD_EXPERIMENT"),

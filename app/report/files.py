@@ -73,10 +73,11 @@ def _events(folder: Path) -> list[dict[str, Any]]:
         for key in ("client", "task"):
             if key in entry:
                 entry[key] = str(entry[key])
-        for key in ("pools", "members"):
+        for key in ("pools", "members", "absent", "clients"):
             if not isinstance(entry.get(key, []), list):
                 entry[key] = []
-        entry["members"] = [member for member in entry.get("members", []) if isinstance(member, dict)]
+        for key in ("members", "absent"):
+            entry[key] = [member for member in entry.get(key, []) if isinstance(member, dict)]
         events.append(entry)
     return events
 

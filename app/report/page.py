@@ -8,15 +8,17 @@ import html
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from string import Template
 from typing import Any
 
-from fedge.report import figures, gantt
+from fedge.report import figures, gantt, verdicts
 from fedge.report.files import RunFiles, load
 from fedge.report.style import context, plain, png, replace_file, si, svg
 from fedge.report.timeline import History, busy, number
+from fedge.report.verdicts import Hearing
 
-MAX_REFUSALS, MAX_FILE = 50, 20_000
+MAX_REFUSALS, MAX_REJECTIONS, MAX_FILE = 50, 200, 20_000
 
 Draw = Callable[[], Any]
 
@@ -178,6 +180,7 @@ def _sections(run: RunFiles, history: History, plots: Plots) -> list[str]:
             "Accuracy and loss on the test set as time passes; the dot marks when the target was first met.",
         ),
         _timeline(history, plots),
+        _hearing(run, Hearing.of(run.events, clients), plots),
         f'<div class="pair">{"".join(pair)}</div>',
         _partition(summary.get("partition"), plots),
     ]
@@ -211,6 +214,48 @@ def _timeline(history: History, plots: Plots) -> str:
     scroll = f'<div class="wide"><div style="width: {width * 96:.0f}px">{drawing}</div></div>'
     note = f"<p class='note screen'>Scroll sideways for the first {seconds(longer.end_s)}.</p>"
     return section("What every client did", plots("timeline", lambda: gantt.draw(first)), caption, note + scroll)
+
+
+def _hearing(run: RunFiles, hearing: Hearing, plots: Plots) -> str:
+    caption = (
+        "Each row is a client, the fastest on top; each column is the group of updates that made a version. Beside it: "
+        "the share of its groups in which the rule rejected the client, and how many versions old its updates were. "
+        "Who is slow and holds unusual data can be honest and rejected."
+    )
+    if hearing.hostile:
+        rates = {"of hostile clients": hearing.rate(hostile=True), "of others": hearing.rate(hostile=False)}
+        words = [f"{rate:.0%} {whose}" for whose, rate in rates.items() if rate is not None]
+        caption += f" Rejected, of the rows: {', '.join(words)}."
+    shown = {"clients, from fast to slow": (verdicts.MAX_ROWS, len(hearing.clients))}
+    shown["versions"] = (verdicts.MAX_COLUMNS, len(hearing.versions))
+    cuts = [f"{most} of {count} {what}" for what, (most, count) in shown.items() if count > most]
+    caption += f" Shown, evenly spread: {'; '.join(cuts)}." if cuts else ""
+    unheard = run.summary.get("unheard")
+    note = f"<p class='note'>{escape(str(unheard).capitalize(), 2000)}.</p>" if unheard else ""
+    drawing = plots("verdicts", lambda: verdicts.draw(hearing))
+    return section("Who was listened to", drawing, caption, note + _rejections(hearing))
+
+
+def _rejections(hearing: Hearing) -> str:
+    """The rejection rates as a table, those rejected most on top."""
+    ranked = sorted(hearing.clients.items(), key=lambda item: (-item[1].rate, item[0]))
+    rows = [
+        (
+            name,
+            hearing.hostile.get(name, ""),
+            f"{len(one.fates):,}",
+            f"{one.rejected:,}",
+            f"{one.rate:.0%}",
+            f"{fmean(one.scores):.2f}",
+            f"{fmean(one.staleness):.1f}" if one.staleness else "-",
+        )
+        for name, one in ranked[:MAX_REJECTIONS]
+    ]
+    heads = ["client", "attack", "groups", "rejected", "rate", "mean score", "mean staleness"]
+    grid = table(heads, rows, numbers=range(2, len(heads)))
+    cut = _cut(len(ranked), MAX_REJECTIONS, "clients")
+    note = f"<p class='note'>{cut}</p>" if cut else ""
+    return f"<details><summary>Rejection rates</summary>{grid}{note}</details>"
 
 
 def _partition(given: object, plots: Plots) -> str:

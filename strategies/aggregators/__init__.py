@@ -44,7 +44,10 @@ AGGREGATORS = Registry(
 )
 
 # Kinds that stand for settings of another; what a user adds goes on top.
-PRESETS: Mapping[str, Mapping[str, Any]] = {}
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "flag-paper": {"kind": "flag", "pairwise": 1.0, "unit": False},
+    "dnc-paper": {"kind": "dnc", "at_once": True},
+}
 
 CHAIN = ("byzantine", "pre", "momentum", "cache")  # settings of the aggregator around every robust rule
 
@@ -61,18 +64,16 @@ class Chain(msgspec.Struct, frozen=True):
 def build(settings: Mapping[str, Any]) -> Aggregator:
     """The aggregator {"kind": ..., **settings of the rule and of CHAIN}. Raises ExperimentError."""
     table = _spelt(settings)
-    own = {key: table.pop(key) for key in CHAIN if key in table}
-    if table.get("kind") == "mean" and own:
+    if table.get("kind") == "mean" and table.keys() & set(CHAIN):
         table["kind"] = "average"  # the mean of rows that are kept
+    kind = table.get("kind")
+    if not isinstance(kind, str) or hasattr(AGGREGATORS.find(kind), "fold"):
+        return AGGREGATORS.build(table)  # type: ignore[no-any-return]
+    chain = _chain({key: table.pop(key) for key in CHAIN if key in table})
     rule: Any = AGGREGATORS.build(table)
-    if hasattr(rule, "fold"):
-        if own:
-            raise ExperimentError(f"server.aggregator.{next(iter(own))}: {table['kind']!r} has no such setting.")
-        return rule  # type: ignore[no-any-return]
-    _check_rule(rule, str(table["kind"]))
+    _check_rule(rule, kind, chain)
     from fedge.strategies.aggregators.robust import Robust
 
-    chain = _chain(own)
     pre = tuple(PREAGGREGATORS.build({"kind": step} if isinstance(step, str) else step) for step in chain.pre)
     return Robust(rule, chain.byzantine, pre, chain.momentum, chain.cache)
 
@@ -97,12 +98,16 @@ def _spelt(settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(settings) if preset is None else {**preset, **settings, "kind": preset["kind"]}
 
 
-def _check_rule(rule: Any, kind: str) -> None:
+def _check_rule(rule: Any, kind: str, chain: Chain) -> None:
     forms = ("coefficients", "reduce", "choose")
     if not (hasattr(rule, "least") and hasattr(rule, "honours_weights") and any(hasattr(rule, form) for form in forms)):
         raise ExperimentError(
             f"server.aggregator: {kind!r} is no rule; give it honours_weights, least() and one of "
             f"{', '.join(f'{form}()' for form in forms)}, or the methods of an Aggregator (fedge.strategies.contracts)."
+        )
+    if chain.pre and hasattr(rule, "root"):
+        raise ExperimentError(
+            f"server.aggregator.pre: {kind!r} compares rows with one client's own, which mixing would blur; leave it out."
         )
 
 

@@ -79,14 +79,18 @@ class CoordinateRule(Protocol):
 
 
 @runtime_checkable
-class PreAggregator(Protocol):
-    """Rows to rows by a matrix, which costs nothing in front of a Gram rule."""
-
-    def least(self, needed: int, byzantine: int) -> int:
-        """The fewest rows in front of it when `needed` are wanted behind it."""
+class Mixing(Protocol):
+    """Rows to rows by a matrix, which costs nothing in front of a Gram rule. A rule may begin with one of its own."""
 
     def mix(self, evidence: Evidence) -> tuple[Matrix, Weights]:
         """(B [m, n], weights [m] that add up to 1); the rows behind it are B @ rows."""
+
+
+class PreAggregator(Mixing, Protocol):
+    """A mixing that is set in front of any rule."""
+
+    def least(self, needed: int, byzantine: int) -> int:
+        """The fewest rows in front of it when `needed` are wanted behind it."""
 
 
 class SplitRule(Protocol):

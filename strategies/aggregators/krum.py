@@ -15,13 +15,13 @@ import numpy as np
 
 from fedge.core.errors import ExperimentError
 from fedge.strategies.aggregators.evidence import Evidence
-from fedge.strategies.gram import Weights
+from fedge.strategies.gram import Matrix, Weights
 
 
-def scores(evidence: Evidence) -> Weights:
-    """Krum's score of every row, [n]."""
-    nearest = max(1, evidence.rows - evidence.byzantine - 2)
-    found: Weights = np.sort(evidence.distances, axis=1)[:, 1 : nearest + 1].sum(axis=1)
+def scores(apart: Matrix, byzantine: int) -> Weights:
+    """Krum's score of every row, [n], from the squared distances [n, n]; of several such matrices, [..., n]."""
+    nearest = max(1, apart.shape[-1] - byzantine - 2)
+    found: Weights = np.sort(apart, axis=-1)[..., 1 : nearest + 1].sum(axis=-1)
     return found
 
 
@@ -37,9 +37,11 @@ class Krum:
 
     def coefficients(self, evidence: Evidence) -> Weights:
         """1 for the chosen row, 0 for the rest; the first in the order of names where scores tie."""
-        chosen = np.zeros(evidence.rows)
-        chosen[np.argmin(scores(evidence))] = 1.0
-        return chosen
+        return self.by_distance(evidence.distances, evidence.byzantine)
+
+    def by_distance(self, apart: Matrix, byzantine: int) -> Weights:
+        """The same from the squared distances [..., n, n]."""
+        return _best(apart, byzantine, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,15 @@ class MultiKrum:
 
     def coefficients(self, evidence: Evidence) -> Weights:
         """1 / m for the m best rows."""
-        keep = self.keep or evidence.rows - evidence.byzantine
-        chosen = np.zeros(evidence.rows)
-        chosen[np.argsort(scores(evidence), kind="stable")[:keep]] = 1.0 / keep
-        return chosen
+        return self.by_distance(evidence.distances, evidence.byzantine)
+
+    def by_distance(self, apart: Matrix, byzantine: int) -> Weights:
+        """The same from the squared distances [..., n, n]."""
+        return _best(apart, byzantine, self.keep or apart.shape[-1] - byzantine)
+
+
+def _best(apart: Matrix, byzantine: int, keep: int) -> Weights:
+    found = scores(apart, byzantine)
+    chosen = np.zeros(found.shape)
+    np.put_along_axis(chosen, np.argsort(found, axis=-1, kind="stable")[..., :keep], 1.0 / keep, axis=-1)
+    return chosen

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fedge.core.errors import ExperimentError
 from fedge.core.params import Vector
 from fedge.strategies import gram
-from fedge.strategies.aggregators.evidence import Demanding, Evidence, PreAggregator
+from fedge.strategies.aggregators.evidence import Demanding, Evidence, Mixing, PreAggregator
 from fedge.strategies.columns import columnwise
 from fedge.strategies.contracts import Outcome, Verdict
 from fedge.strategies.gram import Matrix, Weights
@@ -136,7 +136,8 @@ class Robust:
         if not weights.any():
             return Outcome(np.zeros(rows[0].size, np.float32), {}, memory)
         vector, verdicts = self._decide(rows, Evidence(products, weights, self.byzantine, names, seed))
-        return Outcome(vector, verdicts, memory)
+        judge = getattr(self.rule, "root", "")  # whom others are compared with is not judged itself
+        return Outcome(vector, {name: verdict for name, verdict in verdicts.items() if name != judge}, memory)
 
     @property
     def _remembers(self) -> bool:
@@ -160,7 +161,7 @@ class Robust:
         rule, seen, mixing = self.rule, evidence, np.eye(evidence.rows)
         if hasattr(rule, "choose"):
             return _chosen(rows, evidence, rule.choose(rows, evidence, self.pre))
-        for step in (*self.pre, *([rule] if isinstance(rule, PreAggregator) else [])):
+        for step in (*self.pre, *([rule] if isinstance(rule, Mixing) else [])):
             matrix, weights = step.mix(seen)
             seen, mixing = seen.mixed(matrix, weights), matrix @ mixing
         if hasattr(rule, "coefficients"):

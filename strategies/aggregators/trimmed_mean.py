@@ -9,10 +9,8 @@ As in byzfl; Flower cuts int(beta n) on each side.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fedge.core.params import Vector
+from fedge.strategies.columns import Columns, trimmed
 from fedge.strategies.gram import Weights
 
 
@@ -26,9 +24,7 @@ class TrimmedMean:
         """2 f + 1."""
         return 2 * byzantine + 1
 
-    def reduce(self, columns: NDArray[np.float32], byzantine: int, weights: Weights) -> Vector:
+    def reduce(self, columns: Columns, byzantine: int, weights: Weights) -> Vector:
         """float32 [c] from [c, n]."""
         columns.sort(axis=1)
-        kept = columns[:, byzantine : columns.shape[1] - byzantine]
-        mean: Vector = kept.mean(axis=1, dtype=np.float32)
-        return mean
+        return trimmed(columns, byzantine)
