@@ -20,6 +20,7 @@ from fedge.experiment import Component, Experiment
 from fedge.server.machine import Federation, Stop
 from fedge.simulation import SPEEDS, Network, Simulation
 from fedge.strategies import aggregators
+from fedge.strategies.aggregators.robust import Robust
 from fedge.strategies.contracts import Aggregator, Scheduler
 from fedge.strategies.hooks import HOOKS
 from fedge.strategies.optimizers import OPTIMIZERS
@@ -31,7 +32,7 @@ from fedge.strategies.weighers import STALENESS, WEIGHERS
 # (docs/schedulers.md has the figures); rounds know no staleness; the others are as published.
 STALENESS_FOR = {"fedasync": "polynomial", "fedbuff": "polynomial"}
 COMPASS_MOMENTUM = 0.6
-# With a cache every client's row is in every aggregate: it needs no balance by speed, and old rows push on by themselves.
+# With a cache every client's last row is in every aggregate, and pushes on by itself.
 CACHED_MOMENTUM = 0.3
 HALVES = ("scaffold", "feddyn")  # algorithms with a hook on the client and an optimizer on the server
 
@@ -50,8 +51,8 @@ def settled(experiment: Experiment) -> Experiment:
     if partition.get("kind") != "natural":
         partition.setdefault("clients", 10)
     hooks = [hook.get("kind") for hook in data["client"]["hooks"]]
-    if server["scheduler"].get("kind") == "compass" and server["aggregator"].get("cache"):
-        server["scheduler"].setdefault("balance", 0.0)
+    if server["scheduler"].get("kind") == "compass" and isinstance(aggregators.build(server["aggregator"]), Robust):
+        server["aggregator"].setdefault("cache", True)  # its groups are small: the rule is to see the absent, too
     server.setdefault("optimizer", _optimizer_for(server, hooks))
     server.setdefault("weigher", {"kind": _weigher_for(server)})
     server.setdefault("staleness", {"kind": STALENESS_FOR.get(_kind(server["scheduler"]), "constant")})
@@ -180,7 +181,7 @@ def _check_aggregator(experiment: Experiment, clients: int) -> None:
     needed = rule.min_rows()
     if needed > present:
         fits = max((less for less in range(f) if _rows_for(server.aggregator, less) <= present), default=None)
-        remedy = "take more clients or another rule" if fits is None else f"set byzantine to at most {fits}"
+        remedy = "take another rule" if fits is None else f"set byzantine to at most {fits}"
         sampled = (
             f"{present} of the {clients} clients take part in a round"
             if present < clients
@@ -188,11 +189,8 @@ def _check_aggregator(experiment: Experiment, clients: int) -> None:
         )
         raise ExperimentError(
             f"server.aggregator {kind!r} with byzantine = {f} needs {needed} clients at once, and {sampled}; {remedy}, "
-            f"or let at least {needed} take part."
+            f"or have at least {needed} take part."
         )
-    missing = rule.lacks(client_names(clients), rule.memory())
-    if missing:
-        raise ExperimentError(f"server.aggregator {kind!r} can never run here: it lacks {missing}.")
 
 
 def _rows_for(table: Component, byzantine: int) -> int:
@@ -330,7 +328,12 @@ def trainer_from(settings: Mapping[str, Any]) -> Trainer:
 
 def simulation(experiment: Experiment, built: Trainer, parts: list[Shard]) -> Simulation:
     """The run in virtual time, ready to go; trainer and shards are those of the poisoned data, where it is."""
-    settings = experiment.simulation
+    settings, rule, names = experiment.simulation, aggregator(experiment), client_names(len(parts))
+    if missing := rule.lacks(names, rule.memory()):
+        kind = _kind(experiment.server.aggregator)
+        raise ExperimentError(
+            f"server.aggregator {kind!r} can never run here: it lacks {missing}; clients are {names[0]} to {names[-1]}."
+        )
     network = Network(**{name: getattr(settings.network, name) for name in settings.network.__struct_fields__})
     return Simulation(
         federation(experiment, built.layout, len(parts)),
@@ -342,6 +345,6 @@ def simulation(experiment: Experiment, built: Trainer, parts: list[Shard]) -> Si
         processes=settings.processes,
         worker_spec=("fedge.build:trainer_from", experiments.plain(experiment)),
         evaluate_updates=experiment.experiment.evaluate_updates,
-        names=client_names(len(parts)),
+        names=names,
         adversary=hostile.adversary(experiment),
     )

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("fedge", "numpy", "torch", "grpcio", "flwr", "ray", "pfl")
+PACKAGES = ("fedge", "numpy", "torch", "grpcio", "flwr", "ray", "pfl", "byzfl")
 MISSING = "missing"
 _COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 
@@ -42,20 +42,31 @@ def goal(name: str, value: float | None, wanted: str) -> Goal:
     return Goal(name, None if value is None else round(value, 3), wanted, holds)
 
 
-def arguments(about: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """`json` and `quick`, from the command line."""
+def arguments(about: str, argv: Sequence[str] | None = None, **more: str) -> argparse.Namespace:
+    """`json` and `quick`, from the command line, and the text of each further option, by name what it is for."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--quick", action="store_true", help="a cut-down run of under a minute")
+    for name, what in more.items():
+        parser.add_argument(f"--{name}", default="", help=what)
     return parser.parse_args(argv)
 
 
-def in_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each work by name: `repeats` times one after the other, the order turned round each time."""
+def in_turns(
+    works: Mapping[str, Callable[[], object]],
+    repeats: int,
+    before: Callable[[str], object] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each work by name: `repeats` times one after the other, the order turned round each time.
+
+    `before` is called with the name ahead of each, and not timed.
+    """
     taken: dict[str, list[float]] = {name: [] for name in works}
     order = list(works)
     for _ in range(repeats):
         for name in order:
+            if before:
+                before(name)
             begun = time.perf_counter()
             works[name]()
             taken[name].append(time.perf_counter() - begun)

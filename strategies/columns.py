@@ -19,12 +19,14 @@ Columns = NDArray[np.float32]
 BLOCK = 1 << 12  # coordinates: some rows of them fit in a cache
 APART = 16  # elements more between rows of a block: at a power of two they would crowd the same few lines of the cache
 
+SMALL = 1 << 18  # multiplications: OpenBLAS forms such a product in one thread, so the same to the bit anywhere
+
 
 def columnwise(rows: Sequence[Vector], reduce: Callable[[Columns], Vector], mixing: Matrix | None = None) -> Vector:
     """float32 [d]: `reduce` of the values [c, n] of each block of coordinates, or of those of `mixing @ rows`."""
     if mixing is not None and _picks(mixing):
         rows, mixing = [rows[index] for index in mixing.argmax(axis=1).tolist()], None
-    matrix = np.eye(len(rows)) if mixing is None else mixing.astype(np.float32)
+    matrix = (np.eye(len(rows)) if mixing is None else mixing).astype(np.float32)
     result = np.empty(rows[0].size, np.float32)
 
     def part(start: int, stop: int) -> None:
@@ -36,12 +38,24 @@ def columnwise(rows: Sequence[Vector], reduce: Callable[[Columns], Vector], mixi
             for place, row in zip(source, rows):
                 place[:] = row[low:high]
             if mixing is not None:
-                source = np.matmul(matrix, source, out=mixed[:, : high - low])
+                source = _mixed(matrix, source, mixed[:, : high - low])
             np.copyto(columns[: high - low], source.T)
             result[low:high] = reduce(columns[: high - low])
 
     halves(part, rows[0].size, BLOCK)
     return result
+
+
+def _mixed(matrix: Columns, panel: Columns, out: Columns) -> Columns:
+    """`matrix @ panel`, by small products."""
+    count, behind = matrix.shape
+    wide = max(APART, SMALL // matrix.size // APART * APART)
+    tall = max(1, SMALL // (wide * behind))
+    for low in range(0, panel.shape[1], wide):
+        for first in range(0, count, tall):
+            some, here = slice(first, first + tall), slice(low, low + wide)
+            np.matmul(matrix[some], panel[:, here], out=out[some, here])
+    return out
 
 
 def _picks(mixing: Matrix) -> bool:
@@ -66,16 +80,19 @@ def trimmed(ordered: Columns, cut: int) -> Vector:
     return mean
 
 
-def nearest_window(ordered: Columns, centre: Vector, keep: int) -> Columns:
-    """The `keep` values nearest to the centre [c], as [keep, c] in no order; the lower one where two are as near.
+def nearest_mean(ordered: Columns, centre: Vector, keep: int) -> Vector:
+    """The mean of the `keep` values nearest to the centre [c], [c]; the lower one counts where two are as near.
 
-    In sorted values they lie side by side, and of any two that are `keep` places apart exactly one is among them: the
-    nearer, as it turns out.
+    In sorted values they lie side by side. Of any two that are `keep` places apart exactly one is among them, the
+    nearer; and those that have no such partner always are.
     """
-    ranks = np.ascontiguousarray(ordered.T)
-    chosen, twice = ranks[:keep], 2 * centre
-    for first in range(keep, len(ranks), keep):
-        higher = ranks[first : first + keep]
-        lower = ranks[first - keep : first - keep + len(higher)]
+    pairs = min(keep, ordered.shape[1] - keep)
+    edges = np.empty((pairs + ordered.shape[1] - keep, len(ordered)), np.float32)
+    np.concatenate([ordered[:, :pairs].T, ordered[:, keep:].T], out=edges)
+    chosen, twice = edges[:pairs], 2 * centre
+    for first in range(pairs, len(edges), max(1, pairs)):
+        higher = edges[first : first + pairs]
+        lower = edges[first - pairs : first - pairs + len(higher)]
         np.copyto(chosen[: len(higher)], higher, where=lower + higher < twice)
-    return chosen
+    total: Vector = np.einsum("ij->i", ordered[:, pairs:keep]) + chosen.sum(axis=0)
+    return total / np.float32(keep)

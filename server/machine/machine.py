@@ -382,8 +382,8 @@ class Machine:
             return
         pool = self._state.pools.setdefault(order.pool, pools.Pool())
         plan = self._federation
-        share, discount = order.share * plan.share.weigh(arrival), plan.staleness.weigh(arrival)
-        old = pools.fold(pool, plan.aggregator, update, arrival, share, discount)
+        weights = plan.share.weigh(arrival), plan.staleness.weigh(arrival), order.share
+        old = pools.fold(pool, plan.aggregator, update, arrival, weights)
         pool.state = advance(POOL, pool.state, "kept")
         self._end_task(update.task_id, "counted")
         known = self._state.clients[update.client]

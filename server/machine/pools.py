@@ -45,11 +45,14 @@ class Closing:
 
 
 def fold(
-    pool: Pool, aggregator: Aggregator, update: Update, arrival: Arrival, share: float, discount: float
+    pool: Pool, aggregator: Aggregator, update: Update, arrival: Arrival, weights: tuple[float, float, float]
 ) -> list[Arrival]:
-    """Add one update with weight share * discount; the members it supersedes. Raises StrategyError for weights out of
-    range.
+    """Add one update; the members it supersedes. `weights` are the weigher's share, the discount for staleness, and the
+    scheduler's share, by which it balances who comes often: it is no weight for a rule that keeps rows, where everybody
+    has one row anyway and nobody may gain by its pace. Raises StrategyError for weights out of range.
     """
+    share, discount, pace = weights
+    share *= 1.0 if isinstance(aggregator, KeepsRows) else pace
     if not (math.isfinite(share) and share >= 0 and 0 <= discount <= 1):
         raise StrategyError(f"a weigher gave share {share} and discount {discount}; need >= 0 and 0..1")
     for name, row in update.blobs.items():

@@ -45,6 +45,7 @@ AGGREGATORS = Registry(
 
 # Kinds that stand for settings of another; what a user adds goes on top.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "robust": {"kind": "caf", "pre": ["clip"]},  # the one to begin with: docs/robustness.md has the figures
     "flag-paper": {"kind": "flag", "pairwise": 1.0, "unit": False},
     "dnc-paper": {"kind": "dnc", "at_once": True},
 }
@@ -107,7 +108,7 @@ def _check_rule(rule: Any, kind: str, chain: Chain) -> None:
         )
     if chain.pre and hasattr(rule, "root"):
         raise ExperimentError(
-            f"server.aggregator.pre: {kind!r} compares rows with one client's own, which mixing would blur; leave it out."
+            f"server.aggregator.pre: {kind!r} compares rows with one client's own, which mixing would blur; drop it."
         )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from fedge.core.errors import ExperimentError
 from fedge.strategies.aggregators import AGGREGATORS, PRESETS, build
 
-RECOMMENDED = "robust" if "robust" in PRESETS else "trimmed-mean"
+RECOMMENDED = "robust"
 COSTS = {"coefficients": "Gram", "reduce": "coordinate", "choose": "split"}  # of each form of rule
 
 _UNBOUNDED = {  # no f of theirs means anything

@@ -16,7 +16,7 @@ import numpy as np
 from fedge.core.params import Vector
 from fedge.strategies.aggregators.evidence import Evidence
 from fedge.strategies.aggregators.krum import scores
-from fedge.strategies.columns import Columns, middle, nearest_window
+from fedge.strategies.columns import Columns, middle, nearest_mean
 from fedge.strategies.gram import Matrix, Weights
 
 
@@ -43,8 +43,7 @@ class Bulyan:
     def reduce(self, columns: Columns, byzantine: int, weights: Weights) -> Vector:
         """float32 [c] from [c, theta]."""
         columns.sort(axis=1)
-        mean: Vector = nearest_window(columns, middle(columns), columns.shape[1] - 2 * byzantine).mean(axis=0)
-        return mean
+        return nearest_mean(columns, middle(columns), columns.shape[1] - 2 * byzantine)
 
 
 def _winners(apart: Matrix, byzantine: int, many: int) -> list[int]:

@@ -21,11 +21,14 @@ from fedge.core.lanes import halves
 from fedge.core.params import Vector
 from fedge.strategies.aggregators import AGGREGATORS
 from fedge.strategies.aggregators.evidence import Demanding, Evidence, Mixing
+from fedge.strategies.columns import SMALL
 from fedge.strategies.gram import CLOSE, Matrix, Weights
 from fedge.strategies.parts import Parts
 
 Panel = NDArray[np.float32]  # [n, parts, coordinates]
 Stack = NDArray[np.float64]  # one matrix or vector per part
+
+DEEP = 128  # coordinates in a product, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +135,21 @@ def _close(evidence: Evidence) -> bool:
 
 
 def _products(panel: Panel, exact: bool) -> Stack:
-    """The inner products of the rows by part, [parts, n, n]."""
-    by_part = panel.transpose(1, 0, 2)
-    values = by_part.astype(np.float64) if exact else by_part
-    return (values @ values.transpose(0, 2, 1)).astype(np.float64)
+    """The inner products of the rows by part, [parts, n, n], by small products."""
+    count, parts, size = panel.shape
+    by_part: NDArray[Any] = panel.transpose(1, 0, 2).astype(np.float64 if exact else np.float32, copy=False)
+    deep = max(DEEP, SMALL // count**2)
+    tall = max(1, SMALL // (deep * count))
+    total = np.zeros((parts, count, count))
+
+    def lane(start: int, stop: int) -> None:
+        for low in range(0, size, deep):
+            values = by_part[start:stop, :, low : low + deep]
+            for first in range(0, count, tall):
+                total[start:stop, first : first + tall] += values[:, first : first + tall] @ values.transpose(0, 2, 1)
+
+    halves(lane, parts, 1)
+    return total
 
 
 def _distances(grams: Stack) -> Stack:

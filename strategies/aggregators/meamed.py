@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedge.core.params import Vector
-from fedge.strategies.columns import Columns, middle, nearest_window
+from fedge.strategies.columns import Columns, middle, nearest_mean
 from fedge.strategies.gram import Weights
 
 
@@ -27,5 +27,4 @@ class MeaMed:
     def reduce(self, columns: Columns, byzantine: int, weights: Weights) -> Vector:
         """float32 [c] from [c, n]."""
         columns.sort(axis=1)
-        mean: Vector = nearest_window(columns, middle(columns), columns.shape[1] - byzantine).mean(axis=0)
-        return mean
+        return nearest_mean(columns, middle(columns), columns.shape[1] - byzantine)

@@ -41,7 +41,8 @@ def median(columns: Columns, weights: Weights) -> Vector:
         columns.sort(axis=1)
         return middle(columns)
     order = np.argsort(columns, axis=1)
-    reached = np.cumsum(weights[order], axis=1)
+    reached, lines = np.cumsum(weights[order], axis=1), np.arange(len(columns))
     places = [np.count_nonzero(reached < half, axis=1) for half in (0.5 - EXACTLY, 0.5 + EXACTLY)]
-    low, high = (columns[range(len(columns)), order[range(len(order)), place]] for place in places)
-    return np.where(low == high, low, 0.5 * low + 0.5 * high)
+    low, high = (columns[lines, order[lines, place]] for place in places)
+    found: Vector = np.where(low == high, low, 0.5 * low + 0.5 * high)
+    return found

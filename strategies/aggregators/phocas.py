@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedge.core.params import Vector
-from fedge.strategies.columns import Columns, nearest_window, trimmed
+from fedge.strategies.columns import Columns, nearest_mean, trimmed
 from fedge.strategies.gram import Weights
 
 
@@ -26,5 +26,4 @@ class Phocas:
         """float32 [c] from [c, n]."""
         columns.sort(axis=1)
         centre = trimmed(columns, byzantine)
-        mean: Vector = nearest_window(columns, centre, columns.shape[1] - byzantine).mean(axis=0)
-        return mean
+        return nearest_mean(columns, centre, columns.shape[1] - byzantine)

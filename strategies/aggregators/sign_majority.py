@@ -19,6 +19,8 @@ from fedge.strategies.aggregators.median import median
 from fedge.strategies.columns import Columns
 from fedge.strategies.gram import Weights
 
+EQUAL = 1e-6  # votes that differ by less of the weight are equal but for rounding
+
 
 @dataclass(frozen=True, slots=True)
 class SignMajority:
@@ -33,6 +35,6 @@ class SignMajority:
     def reduce(self, columns: Columns, byzantine: int, weights: Weights) -> Vector:
         """float32 [c] from [c, n]."""
         votes = np.sign(columns) @ weights.astype(np.float32)
-        decided = np.sign(votes) * (np.abs(votes) > 1e-6)
+        decided = np.sign(votes) * (np.abs(votes) > EQUAL)
         length: Vector = decided * median(np.abs(columns, out=columns), weights)
         return length
