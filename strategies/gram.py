@@ -74,10 +74,11 @@ def precise(rows: Sequence[Vector] | NDArray[np.float32], found: Matrix) -> Matr
 
 
 def distances(found: Matrix) -> Matrix:
-    """Squared distances [n, n] between rows with these inner products; never below 0."""
-    norms = np.diag(found)
-    squares: Matrix = np.maximum(norms[:, None] + norms[None, :] - 2.0 * found, 0.0)
-    np.fill_diagonal(squares, 0.0)
+    """Squared distances between rows with these inner products, [..., n, n]; never below 0."""
+    norms = np.diagonal(found, axis1=-2, axis2=-1)
+    squares: Matrix = np.maximum(norms[..., :, None] + norms[..., None, :] - 2.0 * found, 0.0)
+    own = range(found.shape[-1])
+    squares[..., own, own] = 0.0
     return squares
 
 

@@ -1,9 +1,5 @@
 """Coordinate-wise rules: literal references, other libraries, and the laws they promise."""
 
-import importlib.util
-import sys
-import types
-
 import numpy as np
 import pytest
 from flwr.server.strategy import aggregate as flower
@@ -18,18 +14,7 @@ from fedge.strategies.aggregators.evidence import Evidence
 from fedge.strategies.aggregators.krum import scores
 from fedge.strategies.columns import BLOCK, columnwise, nearest_mean
 from fedge.strategies.gram import gram
-
-
-def _byzfl():
-    """byzfl's rules alone: its own __init__ imports benchmarks, and those torchvision."""
-    package = types.ModuleType("byzfl")
-    package.__path__ = list(importlib.util.find_spec("byzfl").submodule_search_locations)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "byzfl", package)
-        return importlib.import_module("byzfl.aggregators")
-
-
-byzfl = _byzfl()
+from tests.oracles import byzfl
 
 ROBUST = ("median", "trimmed-mean", "meamed", "phocas")
 ALL = (*ROBUST, "sign-majority")

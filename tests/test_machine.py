@@ -207,6 +207,20 @@ def test_a_flooding_client_has_one_row_in_a_group_its_newest():
     assert table.machine.updates == 3
 
 
+def test_a_run_whose_rule_can_never_be_satisfied_ends_as_starved():
+    table = Table(replace(one_by_one(), limits=Limits(max_refusals=1)))
+    table.join("a", "b", "c")
+    table.deliver("a", 1.0, float("nan"))  # shut out: two of three are left, and the rule needs three
+    assert table.machine.finished == "starved"
+
+    table = Table(replace(one_by_one(), limits=Limits(max_held_groups=5)))
+    table.join("a", "b")  # the third never comes
+    for now in range(1, 7):
+        assert not table.machine.finished
+        table.deliver("a", float(now))
+    assert table.machine.finished == "starved"
+
+
 def test_the_last_rows_of_absent_clients_stand_in_for_them():
     table = Table(one_by_one(cache=True))
     table.join("a", "b", "c")

@@ -318,6 +318,7 @@ class Machine:
             waited_for |= self._part(client, "evicted")
             self._effects.append(Evict(client, reason))
             self._record("evicted", client=client, reason=reason)
+            self._finish_if_starved()
         if waited_for:
             self._signal(say.Lost(client))
         if known.state == "idle":
@@ -413,6 +414,8 @@ class Machine:
             whole.state = advance(POOL, whole.state, "short")
             held.pools[HELD] = whole
             self._record("held", pools=order.pools, rows=len(members), missing=missing)
+            held.held_in_row += 1
+            self._finish_if_starved()
             return say.Closed(order.pools, members, 0.0)
         whole.state = advance(POOL, whole.state, "closed")
         closing = pools.finish(whole, plan.aggregator, held.memory, derive(plan.seed, "aggregate", held.version))
@@ -423,6 +426,7 @@ class Machine:
         vector, blobs = self._optimize(closing.aggregate, group)
         held.vector, held.blobs = vector, dict(blobs)
         held.version += 1
+        held.held_in_row = 0
         held.updates += len(members)
         self._fleet.version = held.version
         self._effects.append(Publish(self.broadcast))
@@ -455,6 +459,14 @@ class Machine:
             if reached:
                 self._finish(reason)
                 return
+
+    def _finish_if_starved(self) -> None:
+        """The rule will never have the clients it needs: too few are left, or it has waited too long for them."""
+        plan, held = self._federation, self._state
+        shut_out = sum(known.state == "evicted" for known in held.clients.values())
+        left = max(plan.expected, len(held.clients)) - shut_out
+        if left < plan.aggregator.min_rows() or held.held_in_row > plan.limits.max_held_groups:
+            self._finish("starved")
 
     def _finish(self, reason: str) -> None:
         if not self._state.finished:

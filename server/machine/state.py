@@ -79,7 +79,8 @@ class TaskRecord:
 @dataclass(slots=True)
 class State:
     """Everything that changes. `updates` counts those aggregated; `issued` all tasks; `ended` orders spent tasks;
-    `memory` is what the aggregator remembers between groups, by blob name.
+    `memory` is what the aggregator remembers between groups, by blob name; `held_in_row` counts groups held since the
+    last version.
     """
 
     vector: Vector
@@ -88,6 +89,7 @@ class State:
     now: float = 0.0
     version: int = 0
     updates: int = 0
+    held_in_row: int = 0
     issued: int = 0
     lease_wake: float = -1.0
     finished: str = ""

@@ -6,7 +6,7 @@ each coordinate, gradient splitting both by parts. A pre-aggregator is a matrix 
 Owns these words. Must never hold a rule, or a row.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -111,3 +111,12 @@ class Demanding(Protocol):
 
     def lacks(self, clients: Collection[str]) -> str:
         """What is missing among these, in words; empty where nothing is."""
+
+
+def behind(steps: Iterable[Mixing], evidence: Evidence) -> tuple[Evidence, Matrix]:
+    """What is seen behind these steps, and the one matrix [m, n] that all of them come to."""
+    seen, mixing = evidence, np.eye(evidence.rows)
+    for step in steps:
+        matrix, weights = step.mix(seen)
+        seen, mixing = seen.mixed(matrix, weights), matrix @ mixing
+    return seen, mixing

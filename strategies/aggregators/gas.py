@@ -20,9 +20,9 @@ from fedge.core.errors import ExperimentError
 from fedge.core.lanes import halves
 from fedge.core.params import Vector
 from fedge.strategies.aggregators import AGGREGATORS
-from fedge.strategies.aggregators.evidence import Demanding, Evidence, Mixing
+from fedge.strategies.aggregators.evidence import Demanding, Evidence, Mixing, behind
 from fedge.strategies.columns import SMALL
-from fedge.strategies.gram import CLOSE, Matrix, Weights
+from fedge.strategies.gram import CLOSE, Matrix, Weights, distances
 from fedge.strategies.parts import Parts
 
 Panel = NDArray[np.float32]  # [n, parts, coordinates]
@@ -90,32 +90,27 @@ class Judge:
         if by_gram:
             squares = _off_sums(grams, self._coefficients(grams))
         else:
-            behind = [self._behind(one) for one in grams] if self.steps else []
+            seen = [self._behind(one) for one in grams] if self.steps else []
             squares = np.zeros((high - low, len(rows)))
             for panel in parts.panels(rows, low, high):
-                off = panel - self._reduced(panel, behind)
+                off = panel - self._reduced(panel, seen)
                 squares += np.einsum("ipc,ipc->pi", off, off)
         return np.sqrt(np.maximum(squares, 0.0))
 
     def _behind(self, gram: Matrix) -> tuple[Evidence, Matrix]:
         """A part with these products as seen behind the steps, and by which matrix."""
-        seen, mixing = replace(self.evidence, gram=gram), np.eye(self.evidence.rows)
-        for step in self.steps:
-            matrix, weights = step.mix(seen)
-            seen, mixing = seen.mixed(matrix, weights), matrix @ mixing
-        return seen, mixing
+        return behind(self.steps, replace(self.evidence, gram=gram))
 
     def _coefficients(self, grams: Stack) -> Stack:
         """C [parts, n]; the aggregate of each part is c @ rows."""
         if not self.steps and hasattr(self.rule, "by_distance"):
-            return np.asarray(self.rule.by_distance(_distances(grams), self.evidence.byzantine))
-        behind = map(self._behind, grams)
-        return np.array([self.rule.coefficients(seen) @ mixing for seen, mixing in behind])
+            return np.asarray(self.rule.by_distance(distances(grams), self.evidence.byzantine))
+        return np.array([self.rule.coefficients(seen) @ mixing for seen, mixing in map(self._behind, grams)])
 
-    def _reduced(self, panel: Panel, behind: Sequence[tuple[Evidence, Matrix]]) -> NDArray[np.float32]:
+    def _reduced(self, panel: Panel, views: Sequence[tuple[Evidence, Matrix]]) -> NDArray[np.float32]:
         """The aggregates [parts, c], by the values of each coordinate."""
         f = self.evidence.byzantine
-        if not behind:
+        if not views:
             flat, weights = panel.reshape(len(panel), -1), self.evidence.weights
             found = halves(
                 lambda low, high: self.rule.reduce(flat[:, low:high].T.copy(), f, weights),
@@ -123,9 +118,9 @@ class Judge:
                 1 << 10,
             )
             return np.concatenate(found).reshape(panel.shape[1:])
-        mixed = [matrix.astype(np.float32) @ panel[:, part] for part, (_, matrix) in enumerate(behind)]
+        mixed = [matrix.astype(np.float32) @ panel[:, part] for part, (_, matrix) in enumerate(views)]
         columns_of = map(np.ascontiguousarray, (rows.T for rows in mixed))
-        return np.stack([self.rule.reduce(columns, f, seen.weights) for columns, (seen, _) in zip(columns_of, behind)])
+        return np.stack([self.rule.reduce(columns, f, seen.weights) for columns, (seen, _) in zip(columns_of, views)])
 
 
 def _close(evidence: Evidence) -> bool:
@@ -150,14 +145,6 @@ def _products(panel: Panel, exact: bool) -> Stack:
 
     halves(lane, parts, 1)
     return total
-
-
-def _distances(grams: Stack) -> Stack:
-    """Squared distances [parts, n, n]; never below 0."""
-    norms = np.diagonal(grams, axis1=1, axis2=2)
-    squares: Stack = np.maximum(norms[:, :, None] + norms[:, None, :] - 2.0 * grams, 0.0)
-    squares[:, range(grams.shape[1]), range(grams.shape[1])] = 0.0
-    return squares
 
 
 def _off_sums(grams: Stack, coefficients: Stack) -> Stack:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fedge.core.errors import ExperimentError
 from fedge.core.params import Vector
 from fedge.strategies import gram
-from fedge.strategies.aggregators.evidence import Demanding, Evidence, Mixing, PreAggregator
+from fedge.strategies.aggregators.evidence import Demanding, Evidence, Mixing, PreAggregator, behind
 from fedge.strategies.columns import columnwise
 from fedge.strategies.contracts import Outcome, Verdict
 from fedge.strategies.gram import Matrix, Weights
@@ -158,12 +158,10 @@ class Robust:
         return average
 
     def _decide(self, rows: Sequence[Vector], evidence: Evidence) -> tuple[Vector, Mapping[str, Verdict]]:
-        rule, seen, mixing = self.rule, evidence, np.eye(evidence.rows)
+        rule = self.rule
         if hasattr(rule, "choose"):
             return _chosen(rows, evidence, rule.choose(rows, evidence, self.pre))
-        for step in (*self.pre, *([rule] if isinstance(rule, Mixing) else [])):
-            matrix, weights = step.mix(seen)
-            seen, mixing = seen.mixed(matrix, weights), matrix @ mixing
+        seen, mixing = behind((*self.pre, *([rule] if isinstance(rule, Mixing) else [])), evidence)
         if hasattr(rule, "coefficients"):
             return _chosen(rows, evidence, rule.coefficients(seen) @ mixing)
         plain = len(mixing) == evidence.rows and np.array_equal(mixing, np.eye(evidence.rows))
