@@ -35,13 +35,15 @@ from fedge import experiment as experiments
 from fedge.strategies.attacks.scaling import Scaling
 
 CLIENTS, HOSTILE, STEPS, ROUNDS = 20, 4, 20, 20
+DATA = ("fashion", "cifar")
 PARTITIONS: dict[str, dict[str, Any]] = {
     "iid": {"kind": "iid"},
     "dirichlet 0.5": {"kind": "dirichlet", "alpha": 0.5},
     "dirichlet 0.1": {"kind": "dirichlet", "alpha": 0.1},
 }
 MODES = {"rounds": 0.0, "compass": 1.0, "compass, 3x faster": 3.0, "compass, 10x faster": 10.0}
-SEEDS = {("fashion", "rounds"): 2, ("fashion", "compass"): 2}  # else one
+SEEDS = {"rounds": 2}  # else one
+SECONDS = 20.0  # virtual: FedCompass with the plain mean aggregates some CLIENTS x ROUNDS updates in it
 LAST = 3  # evaluations that make the final accuracy
 
 ATTACKS: dict[str, dict[str, Any] | None] = {
@@ -140,9 +142,6 @@ def experiment(job: Job) -> experiments.Experiment:
     )
 
 
-SECONDS = 20.0  # virtual: FedCompass with the plain mean aggregates some 20 x ROUNDS updates in it
-
-
 @dataclass(frozen=True)
 class Result:
     """The final accuracy, and the share of stamped test images that are taken for the target of a backdoor."""
@@ -198,6 +197,7 @@ def grid(
     attacks: Iterable[str],
     chains: Iterable[str],
     first_seed: int,
+    seeds: int,
 ) -> list[Job]:
     """Every combination, one seed after the other; an attack that no one makes is the same at any speed."""
     places = itertools.product(data, partitions, modes, attacks, chains)
@@ -205,7 +205,7 @@ def grid(
         Job(*place, seed)
         for place in places
         if not (place[3] == "none" and MODES[place[2]] > 1)
-        for seed in range(first_seed, first_seed + SEEDS.get((place[0], place[2]), 1))
+        for seed in range(first_seed, first_seed + min(seeds, SEEDS.get(place[2], 1)))
     ]
     return sorted(jobs, key=lambda job: job.seed)
 
@@ -315,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a cut-down run of under a minute")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--first-seed", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=max(SEEDS.values()), help="at most so many per cell")
     parser.add_argument("--log", type=Path, help="write each run down in this file, and take up what is in it")
     parser.add_argument("--figures", type=Path, help="draw the heat maps into this folder")
     for name, known in (("data", DATA), ("partitions", PARTITIONS), ("modes", MODES), ("attacks", ATTACKS)):
@@ -335,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in chosen.data:
         getattr(problems, name)()  # made once, before there are several processes
     modes = list(dict.fromkeys(["compass", *chosen.modes] if any(MODES[m] > 1 for m in chosen.modes) else chosen.modes))
-    jobs = grid(chosen.data, chosen.partitions, modes, chosen.attacks, chosen.chains, chosen.first_seed)
+    jobs = grid(chosen.data, chosen.partitions, modes, chosen.attacks, chosen.chains, chosen.first_seed, chosen.seeds)
     found = measure(jobs, chosen.processes, chosen.log)
     table = cells(found)
     rows = [
@@ -353,8 +354,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         for claim in claims(table):
             print(claim)
 
-
-DATA = ("fashion", "cifar")
 
 if __name__ == "__main__":
     main()

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from fedge.core.errors import ExperimentError, TrainerError
 from fedge.core.params import Vector
 from fedge.core.random import derive, generator
 from fedge.core.task import Task, Update
+from fedge.strategies.aggregators.robust import Robust
 from fedge.strategies.attacks.scene import Scene, misled
 from fedge.strategies.contracts import Aggregator
 
@@ -118,7 +121,10 @@ class Crew:
         rule = self._aggregator
         if missing := rule.lacks(clients, rule.memory()):
             raise ExperimentError(f"The rule refuses {len(rows)} rows: it lacks {missing}.")
-        state = rule.init(rows[0].size)
-        for row in rows:
-            state = rule.fold(state, row, 1.0)
+        if isinstance(rule, Robust):  # all at once, as a search asks many times
+            state = rule.of(np.stack(rows), np.ones(len(rows)))
+        else:
+            state = rule.init(rows[0].size)
+            for row in rows:
+                state = rule.fold(state, row, 1.0)
         return rule.finish(state, clients, rule.memory(), self._seed).vector

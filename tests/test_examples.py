@@ -90,8 +90,11 @@ def serving(*words: str | Path, cwd: Path = ROOT) -> Iterator[tuple[subprocess.P
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: str(value) if isinstance(value, Path) else None)
 def test_every_command_on_a_page_is_one_of_the_command_line(page: Path, words: list[str]) -> None:
     group = typer.main.get_command(cli.app)
-    command = group.commands[words[0]]  # type: ignore[attr-defined]
-    assert command.make_context(words[0], words[1:]).params
+    command, name, *rest = group.commands[words[0]], *words  # type: ignore[attr-defined]
+    while hasattr(command, "commands"):
+        name, *rest = rest
+        command = command.commands[name]
+    assert command.make_context(name, rest).params
 
 
 def test_the_pages_name_commands_at_all() -> None:

@@ -194,6 +194,15 @@ def test_the_cache_takes_in_the_absent():
     assert set(second.verdicts) == {"x", "y"}
 
 
+def test_who_is_away_for_very_long_is_forgotten():
+    aggregator = rule("average", 0, cache=True)
+    a, b, c = table(3)
+    many = groups(aggregator, [{"x": a, "y": b}, *([{"x": c}] * (2 * robust.FORGOTTEN + 1))])
+    assert set(many[-2].verdicts) == {"x", "y"}
+    assert set(many[-1].verdicts) == {"x"}
+    assert set(many[-1].memory.rows) == {"x"}
+
+
 def test_the_memory_survives_a_snapshot():
     aggregator = rule("median", 1, cache=True, momentum=0.5)
     rows = table(4)

@@ -4,9 +4,10 @@
     finish    pre-aggregators and rule look at the n x n products; then one weighted sum over the rows
 
 `cache` lets the last row of every absent client stand for it, so that f hostile clients are f of N in every group,
-however few have come (delayed momentum aggregation). `momentum` replaces a client's row by the running average
-m <- momentum m + (1 - momentum) x of its updates, kept here, which shrinks the honest rows' variance (Karimireddy, He,
-Jaggi 2021, arXiv 2012.10333). Either costs O(N d) memory, and the products are then formed when the group closes.
+however few have come (delayed momentum aggregation), until it has been away for very long. `momentum` replaces a
+client's row by the running average m <- momentum m + (1 - momentum) x of its updates, kept here, which shrinks the
+honest rows' variance (Karimireddy, He, Jaggi 2021, arXiv 2012.10333). Either costs O(N d) memory, and the products are
+then formed when the group closes.
 
 Owns the order of rows (by client, so that the order of arrival changes no bit), the cap on weights, and the verdict on
 each row. Must never hold a rule.
@@ -28,6 +29,7 @@ from fedge.strategies.contracts import Outcome, Verdict
 from fedge.strategies.gram import Matrix, Weights
 
 TRACE = 0.1  # of an equal share: with a smaller coefficient a row counts as rejected
+FORGOTTEN = 5  # times as many groups as there are clients, all missed: a row that old is no client's last word
 FAR = 2.0  # times the median distance to the aggregate: what is further off does, where there are no coefficients
 
 
@@ -42,10 +44,11 @@ class Rows:
 
 @dataclass(slots=True)
 class Memory:
-    """The last row of each client, or the running average of its rows, and the weight it had."""
+    """The last row of each client, or the running average of its rows, the weight it had, and how many groups ago."""
 
     rows: dict[str, Vector] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    ages: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +151,8 @@ class Robust:
         for client, row, weight in zip(clients, state.rows, state.weights):
             before = memory.rows.get(client, row) if self.momentum else row
             memory.rows[client] = row if before is row else self._averaged(before, row)
-            memory.weights[client] = weight
+            memory.weights[client], memory.ages[client] = weight, -1
+        _age(memory)
         present = sorted(memory.rows) if self.cache else clients
         rows = [memory.rows[client] for client in present]
         return memory, Rows(rows, [memory.weights[client] for client in present], gram.gram(rows)), present
@@ -171,6 +175,13 @@ class Robust:
             None if plain else mixing,
         )
         return vector, _verdicts(evidence, gram.products(rows, vector), float(np.dot(vector, vector)))
+
+
+def _age(memory: Memory) -> None:
+    """One group later; whoever has missed too many is forgotten, or it would push the model for ever."""
+    memory.ages = {client: age + 1 for client, age in memory.ages.items()}
+    for client in [one for one, age in memory.ages.items() if age > FORGOTTEN * len(memory.ages)]:
+        del memory.rows[client], memory.weights[client], memory.ages[client]
 
 
 # ---- small sums --------------------------------------------------------------------------------
