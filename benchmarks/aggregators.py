@@ -7,7 +7,7 @@ by one as they came. What is compared runs in turns, so a ratio is of the same m
 import os
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_name] = "2"  # before NumPy loads
+    os.environ.setdefault(_name, "2")  # before NumPy loads
 
 import contextlib
 import copy
@@ -29,8 +29,6 @@ from fedge.core.errors import ExperimentError
 from fedge.strategies import aggregators
 from fedge.strategies.aggregators import robust
 from fedge.strategies.aggregators.evidence import Mixing
-
-torch.set_num_threads(2)
 
 SLOW_S, SLOWEST_S, PATIENCE_S = 0.5, 10.0, 200.0  # from where on: in fewer turns; only once; not to the end
 SLOW_TURNS = 2
@@ -322,6 +320,7 @@ def agreement(case: str) -> dict[str, str]:
 
 def measure(setups: tuple[Setup, ...]) -> tuple[list[Line], list[Goal]]:
     """Every rule in every setup."""
+    torch.set_num_threads(2)
     shown: list[Line] = []
     ratios: list[Line] = []
     for setup in setups:

