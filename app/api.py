@@ -53,7 +53,7 @@ def play(experiment: Experiment, folder: Callable[[], Path | None], watchers: Se
             recorder.finish(partition, reason=reason)
             raise
         made = recorder.finish(partition, trainer.layout, result.vector, result.finished)
-    if result.finished == "idle" and not result.updates:
+    if result.finished in ("idle", "starved") and not result.updates:
         _raise_if_all_failed(recorder.tally, len(parts))
     return made
 

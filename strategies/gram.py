@@ -28,13 +28,14 @@ def products(rows: Sequence[Vector], new: Vector) -> Weights:
 
     def part(start: int, stop: int) -> Weights:
         total = np.zeros(len(rows))
-        for low in range(start, stop, BLOCK):
-            here = slice(low, min(low + BLOCK, stop))
-            one = new[here]
-            total += [np.dot(row[here], one) for row in rows]
+        with np.errstate(over="ignore", invalid="ignore"):  # known to each thread by itself
+            for low in range(start, stop, BLOCK):
+                here = slice(low, min(low + BLOCK, stop))
+                one = new[here]
+                total += [np.dot(row[here], one) for row in rows]
         return total
 
-    with np.errstate(over="ignore", invalid="ignore"):  # an overflow is for the caller to see in the result
+    with np.errstate(invalid="ignore"):  # an overflow is for the caller to see in the result
         total: Weights = np.sum(halves(part, new.size, BLOCK), axis=0)
     return total
 
@@ -48,7 +49,7 @@ def gram(rows: Sequence[Vector] | NDArray[np.float32], around: Vector | None = N
     count, size = len(rows), rows[0].size
     whole = isinstance(rows, np.ndarray) and around is None
 
-    def part(start: int, stop: int) -> Matrix:
+    def part(start: int, stop: int) -> tuple[Matrix, Weights, float]:
         total, along, square = np.zeros((count, count)), np.zeros(count), 0.0
         scratch = np.empty((count, BLOCK), np.float32)
         for low in range(start, stop, BLOCK):
@@ -57,15 +58,18 @@ def gram(rows: Sequence[Vector] | NDArray[np.float32], around: Vector | None = N
             if not whole:
                 for place, row in zip(panel, rows):
                     place[:] = row[here] if around is None else row[here] - around[here]
-            total += panel @ panel.T
+            with np.errstate(over="ignore", invalid="ignore"):  # as in `products`
+                total += panel @ panel.T
             if around is not None:
                 centre = around[here].astype(np.float64)
                 along += panel @ centre
                 square += float(centre @ centre)
-        return total + along[:, None] + along[None, :] + square
+        return total, along, square
 
-    with np.errstate(over="ignore", invalid="ignore"):
-        found: Matrix = np.sum(halves(part, size, BLOCK), axis=0)
+    totals, alongs, squares = zip(*halves(part, size, BLOCK))
+    with np.errstate(invalid="ignore"):
+        along: Weights = sum(alongs)
+        found: Matrix = sum(totals) + along[:, None] + along[None, :] + sum(squares)
     return found
 
 

@@ -136,6 +136,7 @@ def test_a_state_is_used_up_in_copies_only(case):
 
 def test_what_cannot_be_run_is_listed_with_the_reason(monkeypatch):
     assert {rival.why_not for rival in rivals("mda", broad(100, 10, 20))} == {"5.4e+20 subsets"}
+    assert next(rivals("flag", broad(2, 10**7, 0))).why_not == "5 times what one step takes"
     assert "some minutes" in next(iter(rivals("bulyan", broad(100, 10**6, 20)))).why_not
     monkeypatch.setattr("benchmarks.rival_aggregators.free_gib", lambda: 20.0)
     found = {rival.why_not for rival in rivals("nnm, multi-krum", broad(100, 10**6, 20))}

@@ -27,6 +27,7 @@ from fedge.strategies.preaggregators.basgd import Buckets
 from fedge.strategies.preaggregators.bucketing import Bucketing
 from fedge.strategies.preaggregators.clip import Clip
 from fedge.strategies.preaggregators.nnm import NearestNeighbourMixing
+from fedge.strategies.preaggregators.norm_filter import NormFilter
 from tests.oracles import byzfl
 
 RULES = [Krum(), MultiKrum(), MinimumDiameterAveraging(), GeometricMedian(), CenteredClipping()]
@@ -720,3 +721,21 @@ def test_too_few_buckets_for_the_rule_behind_are_refused_with_the_number_that_wo
     assert Buckets(12).least(9, 3) == 12
     with pytest.raises(ExperimentError, match="with byzantine = 3 .* needs 9 rows.* set buckets to at least 9"):
         Buckets(8).least(9, 3)
+
+
+# ---- the norm filter -----------------------------------------------------------------------------
+
+
+def test_rows_that_are_far_too_long_are_left_out_the_f_longest_at_most():
+    rows = np.diag([1.0, 2.0, 3.0, 4.0, 90.0, 80.0, 100.0])
+    for f, kept in ((0, [0, 1, 2, 3, 4, 5, 6]), (1, [0, 1, 2, 3, 4, 5]), (2, [0, 1, 2, 3, 5]), (3, [0, 1, 2, 3])):
+        matrix, weights = NormFilter().mix(evidence(rows, f))
+        assert np.array_equal(matrix, np.eye(7)[kept])
+        np.testing.assert_allclose(weights, 1 / len(kept))
+    assert len(NormFilter(30.0).mix(evidence(rows, 3))[0]) == 7
+
+
+def test_the_norm_filter_may_drop_f_honest_rows_and_asks_for_as_many_more():
+    assert [NormFilter().least(2 * f + 1, f) for f in (0, 1, 4)] == [1, 4, 13]
+    with pytest.raises(ExperimentError, match="at least 1"):
+        NormFilter(0.5)

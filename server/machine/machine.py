@@ -465,7 +465,8 @@ class Machine:
         plan, held = self._federation, self._state
         shut_out = sum(known.state == "evicted" for known in held.clients.values())
         left = max(plan.expected, len(held.clients)) - shut_out
-        if left < plan.aggregator.min_rows() or held.held_in_row > plan.limits.max_held_groups:
+        needed = plan.aggregator.min_rows()
+        if (needed > 1 and left < needed) or held.held_in_row > plan.limits.max_held_groups:
             self._finish("starved")
 
     def _finish(self, reason: str) -> None:

@@ -45,7 +45,10 @@ AGGREGATORS = Registry(
 
 # Kinds that stand for settings of another; what a user adds goes on top.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "robust": {"kind": "caf", "pre": ["clip"]},  # the one to begin with: docs/robustness.md has the figures
+    "robust": {
+        "kind": "caf",
+        "pre": ["norm-filter", "clip"],
+    },  # docs/robustness.md has the figures
     "flag-paper": {"kind": "flag", "pairwise": 1.0, "unit": False},
     "dnc-paper": {"kind": "dnc", "at_once": True},
 }

@@ -14,6 +14,7 @@ PREAGGREGATORS = Registry(
         "bucketing": f"{_HERE}.bucketing:Bucketing",
         "clip": f"{_HERE}.clip:Clip",
         "arc": f"{_HERE}.arc:AdaptiveRobustClipping",
+        "norm-filter": f"{_HERE}.norm_filter:NormFilter",
         "basgd": f"{_HERE}.basgd:Buckets",
     },
 )
