@@ -7,6 +7,7 @@ same cores.) Owns the only threads that algorithms cause. Must never know what t
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ContextDecorator
 from functools import cache
 from threading import Lock
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ def halves(work: Callable[[int, int], T], size: int, block: int) -> list[T]:
 
     One call, in this thread, where one block holds everything.
     """
-    with _PLAIN:
+    with plain_products:
         if size <= block:
             return [work(0, size)]
         middle = -(-size // block // 2) * block
@@ -35,7 +36,7 @@ def _thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "fedge-lane")
 
 
-class _PlainProducts:
+class _PlainProducts(ContextDecorator):
     """While anyone is within, matrix products of this process have one thread; then as many as before."""
 
     def __init__(self) -> None:
@@ -56,7 +57,7 @@ class _PlainProducts:
                 self._limit.restore_original_limits()
 
 
-_PLAIN = _PlainProducts()
+plain_products = _PlainProducts()
 
 
 @cache

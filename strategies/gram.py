@@ -40,6 +40,23 @@ def products(rows: Sequence[Vector], new: Vector) -> Weights:
     return total
 
 
+def away(rows: Sequence[Vector], centre: Vector) -> Weights:
+    """|row - centre| for every row [d], float64 [n]; one pass over the rows."""
+
+    def part(start: int, stop: int) -> Weights:
+        total, scratch = np.zeros(len(rows)), np.empty(SUM_BLOCK, np.float32)
+        for low in range(start, stop, SUM_BLOCK):
+            here = slice(low, min(low + SUM_BLOCK, stop))
+            one, apart = centre[here], scratch[: here.stop - low]
+            for index, row in enumerate(rows):
+                np.subtract(row[here], one, out=apart)
+                total[index] += np.dot(apart, apart)
+        return total
+
+    found: Weights = np.sqrt(np.sum(halves(part, centre.size, SUM_BLOCK), axis=0))
+    return found
+
+
 def gram(rows: Sequence[Vector] | NDArray[np.float32], around: Vector | None = None) -> Matrix:
     """All inner products of the rows [n, d], float64 [n, n], in one pass.
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge.core.errors import ExperimentError
+from fedge.core.lanes import plain_products
 from fedge.core.params import Vector
 from fedge.strategies import gram
 from fedge.strategies.aggregators.evidence import Demanding, Evidence, Mixing, PreAggregator, behind
@@ -101,20 +102,20 @@ class Robust:
 
     def of(self, table: NDArray[np.float32], weights: Weights) -> Rows:
         """All rows [n, d] at once."""
-        products = np.zeros((0, 0)) if self._remembers else gram.gram(table)
+        products = gram.gram(table) if self._folds else np.zeros((0, 0))
         return Rows(list(table), weights.tolist(), products)
 
     def fold(self, state: Rows, row: Vector, weight: float) -> Rows:
         """Keep the row [size], where it is."""
         state.rows.append(row)
         state.weights.append(weight)
-        if not self._remembers:
+        if self._folds:
             state.gram = _grown(state.gram, gram.products(state.rows, row))
         return state
 
     def merge(self, state: Rows, other: Rows) -> Rows:
         """`state` with the rows of `other` after its own."""
-        if not self._remembers:
+        if self._folds:
             state.gram = _joined(state, other)
         state.rows += other.rows
         state.weights += other.weights
@@ -123,10 +124,11 @@ class Robust:
     def drop(self, state: Rows, index: int) -> Rows:
         """Without the row at `index`."""
         del state.rows[index], state.weights[index]
-        if not self._remembers:
+        if self._folds:
             state.gram = np.delete(np.delete(state.gram, index, 0), index, 1)
         return state
 
+    @plain_products
     def finish(self, state: Rows, clients: Sequence[str], memory: Memory, seed: int) -> Outcome:
         """The aggregate over the rows of these (distinct) clients, and what became of each."""
         if self._remembers:
@@ -134,7 +136,9 @@ class Robust:
         order = sorted(range(len(clients)), key=clients.__getitem__)
         rows = [state.rows[index] for index in order]
         names = tuple(clients[index] for index in order)
-        products = gram.precise(rows, state.gram[np.ix_(order, order)])
+        products = np.zeros((len(rows), len(rows)))
+        if self._compares:
+            products = gram.precise(rows, state.gram[np.ix_(order, order)])
         weights = _capped(np.array([state.weights[index] for index in order]), self.byzantine)
         if not weights.any():
             return Outcome(np.zeros(rows[0].size, np.float32), {}, memory)
@@ -146,6 +150,15 @@ class Robust:
     def _remembers(self) -> bool:
         return self.cache or self.momentum > 0
 
+    @property
+    def _compares(self) -> bool:
+        """Whether inner products of rows are asked for; a coordinate rule by itself does without."""
+        return bool(self.pre) or not hasattr(self.rule, "reduce") or isinstance(self.rule, Mixing)
+
+    @property
+    def _folds(self) -> bool:
+        return self._compares and not self._remembers
+
     def _recalled(self, state: Rows, clients: Sequence[str], memory: Memory) -> tuple[Memory, Rows, Sequence[str]]:
         """The new memory, and the rows that take part."""
         for client, row, weight in zip(clients, state.rows, state.weights):
@@ -155,7 +168,8 @@ class Robust:
         _age(memory)
         present = sorted(memory.rows) if self.cache else clients
         rows = [memory.rows[client] for client in present]
-        return memory, Rows(rows, [memory.weights[client] for client in present], gram.gram(rows)), present
+        products = gram.gram(rows) if self._compares else np.zeros((0, 0))
+        return memory, Rows(rows, [memory.weights[client] for client in present], products), present
 
     def _averaged(self, before: Vector, row: Vector) -> Vector:
         average: Vector = np.float32(self.momentum) * before + np.float32(1 - self.momentum) * row
@@ -174,7 +188,7 @@ class Robust:
             lambda columns: rule.reduce(columns, self.byzantine, seen.weights),
             None if plain else mixing,
         )
-        return vector, _verdicts(evidence, gram.products(rows, vector), float(np.dot(vector, vector)))
+        return vector, _verdicts(evidence, gram.away(rows, vector))
 
 
 def _age(memory: Memory) -> None:
@@ -233,14 +247,12 @@ def _chosen(rows: Sequence[Vector], evidence: Evidence, coefficients: Weights) -
     """The weighted sum, and verdicts by coefficient."""
     vector = gram.weighted_sum(rows, coefficients)
     along = evidence.gram @ coefficients
-    return vector, _verdicts(evidence, along, float(coefficients @ along), coefficients)
+    squares = np.diag(evidence.gram) - 2 * along + float(coefficients @ along)
+    return vector, _verdicts(evidence, np.sqrt(np.maximum(squares, 0.0)), coefficients)
 
 
-def _verdicts(
-    evidence: Evidence, along: Weights, square: float, coefficients: Weights | None = None
-) -> Mapping[str, Verdict]:
-    """From <x_i, aggregate> and the aggregate's squared norm: each row's distance to it, over their median."""
-    away = np.sqrt(np.maximum(np.diag(evidence.gram) - 2 * along + square, 0.0))
+def _verdicts(evidence: Evidence, away: Weights, coefficients: Weights | None = None) -> Mapping[str, Verdict]:
+    """From |x_i - aggregate|, [n], over their median."""
     middle = float(np.median(away))
     scores = away / middle if middle > 0 else np.ones(evidence.rows)
     if coefficients is None:
