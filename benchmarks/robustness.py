@@ -32,6 +32,7 @@ import fedge
 from benchmarks import problems, robustness_figures
 from benchmarks.harness import Goal, emit, goal
 from fedge import experiment as experiments
+from fedge.core.errors import TrainerError
 from fedge.strategies.attacks.scaling import Scaling
 
 CLIENTS, HOSTILE, STEPS, ROUNDS = 20, 4, 20, 20
@@ -153,7 +154,11 @@ class Result:
 def play(job: Job) -> Result:
     """One run."""
     plan = experiment(job)
-    run = fedge.simulate(plan)
+    try:
+        run = fedge.simulate(plan)
+    except TrainerError:  # too few clients were left for the rule, so the model stayed as it was
+        idle = problems.perceptron(plan, getattr(problems, job.data)())
+        return Result(idle.evaluate(idle.initial())["accuracy"])
     accuracy = float(run.metrics["accuracy"][-LAST:].mean())
     if job.attack != "backdoor":
         return Result(accuracy)

@@ -21,7 +21,7 @@ from typing import Any
 from fedge.core.errors import ExperimentError
 from fedge.strategies.aggregators import AGGREGATORS, PRESETS, build
 
-RECOMMENDED = "robust"
+RECOMMENDED = ("robust", "caf")  # the first that the federation has enough clients for; the last needs but 2 f + 1
 COSTS = {"coefficients": "Gram", "reduce": "coordinate", "choose": "split"}  # of each form of rule
 
 _UNBOUNDED = {  # no f of theirs means anything
@@ -65,7 +65,7 @@ class Fit:
 class Advice:
     """What follows from so many clients, hostile ones, and draws.
 
-    `byzantine` is the f to set, and `kept` whether it is a minority of a group. `quorum` is the fewest clients per
+    `kind` is recommended, `byzantine` is the f to set, and `kept` whether it is a minority of a group. `quorum` is the fewest clients per
     group with which the recommended kind is valid at this risk, None where no number is enough. `experiment` is TOML;
     where a group is too small for its f, it is `cached`: the last rows of absent clients take part, and f is of all.
     """
@@ -76,6 +76,7 @@ class Advice:
     rounds: int
     risk: float
     tails: tuple[Tail, ...]
+    kind: str
     byzantine: int
     kept: bool
     quorum: int | None
@@ -88,13 +89,13 @@ class Advice:
         """What to do, in a sentence or two."""
         begin = f"f = {self.byzantine} keeps the risk of {self.risk:g}"
         if not self.cached:
-            return f"{begin}; so few as {self.quorum} clients per round would do for {RECOMMENDED!r}."
+            return f"{begin}; so few as {self.quorum} clients per round would do for {self.kind!r}."
         if self.kept:
-            begin += f", but {RECOMMENDED!r} then needs more than {self.sampled} rows."
+            begin += f", but {self.kind!r} then needs more than {self.sampled} rows."
         else:
             begin = f"No f below half of {self.sampled} rows keeps the risk of {self.risk:g}."
         if self.quorum is None:
-            return f"{begin} For {RECOMMENDED!r} there are too few clients; choose a rule that needs fewer rows."
+            return f"{begin} For {self.kind!r} there are too few clients; choose a rule that needs fewer rows."
         return (
             f"{begin} Draw {self.quorum} clients per round, or set cache = true: then the last rows of absent clients "
             f"take part, and f = {self.hostile} holds among all {self.clients} in every group."
@@ -105,7 +106,9 @@ def advise(clients: int, sampled: int, hostile: int, risk: float = 1e-3, rounds:
     """The advice for `sampled` of `clients` per group. Raises ExperimentError for numbers that cannot be."""
     _check(clients, sampled, hostile, risk, rounds)
     accepted = Fraction(str(risk)) / rounds
-    f, needs = bound(clients, sampled, hostile, accepted), least(RECOMMENDED)
+    f = bound(clients, sampled, hostile, accepted)
+    kind = next((kind for kind in RECOMMENDED if least(kind)(hostile) <= clients), RECOMMENDED[-1])
+    needs = least(kind)
     cached = needs(f) > sampled
     return Advice(
         clients=clients,
@@ -117,12 +120,13 @@ def advise(clients: int, sampled: int, hostile: int, risk: float = 1e-3, rounds:
             Tail(value, chance, min(Fraction(1), rounds * chance))
             for value, chance in enumerate(exceeded(clients, sampled, hostile))
         ),
+        kind=kind,
         byzantine=f,
         kept=2 * f < sampled,
         quorum=quorum(clients, hostile, accepted, needs),
         cached=cached,
         rules=tuple(fit(kind, sampled, f) for kind in (*PRESETS, *AGGREGATORS.entries)),
-        experiment=_experiment(clients, sampled, hostile if cached else f, cached),
+        experiment=_experiment(kind, clients, sampled, hostile if cached else f, cached),
     )
 
 
@@ -185,11 +189,11 @@ def _cost(rule: Any) -> str:
     return next((words for form, words in COSTS.items() if hasattr(rule, form)), "sum")
 
 
-def _experiment(clients: int, sampled: int, byzantine: int, cached: bool) -> str:
+def _experiment(kind: str, clients: int, sampled: int, byzantine: int, cached: bool) -> str:
     """The [server] section of an experiment file."""
     draws = f'scheduler = {{ kind = "fedavg" }}\nselector = {{ kind = "uniform", clients = {sampled} }}\n'
     more = ", cache = true" if cached else ""
-    rule = f'aggregator = {{ kind = "{RECOMMENDED}", byzantine = {byzantine}{more} }}\n'
+    rule = f'aggregator = {{ kind = "{kind}", byzantine = {byzantine}{more} }}\n'
     return f"[server]\n{draws if sampled < clients else ''}{rule}"
 
 
