@@ -65,9 +65,10 @@ class Fit:
 class Advice:
     """What follows from so many clients, hostile ones, and draws.
 
-    `kind` is recommended, `byzantine` is the f to set, and `kept` whether it is a minority of a group. `quorum` is the fewest clients per
-    group with which the recommended kind is valid at this risk, None where no number is enough. `experiment` is TOML;
-    where a group is too small for its f, it is `cached`: the last rows of absent clients take part, and f is of all.
+    `kind` is recommended, `byzantine` is the f to set, and `kept` whether it is a minority of a group. `quorum` is the
+    fewest clients per group with which that kind is valid at this risk, None where no number is enough. `experiment` is
+    TOML; where a group is too small for its f, it is `cached`: the last rows of absent clients take part, and f is of
+    all.
     """
 
     clients: int
