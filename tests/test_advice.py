@@ -194,7 +194,7 @@ def test_the_command_prints_probabilities_rules_and_what_to_write(capsys: pytest
     assert ["krum", "no", "11", "no", "Gram"] in lines
     assert "one hostile row moves it at will" in out
     assert out.endswith(advise(40, 10, 4, rounds=20).experiment)
-    assert found.kind in out
+    assert "robust" in out
 
 
 def test_as_json_it_is_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
