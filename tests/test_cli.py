@@ -217,7 +217,8 @@ def test_without_a_command_there_is_help_and_no_error(capsys: pytest.CaptureFixt
     assert "compare" in out
 
 
-def test_the_log_of_grpc_is_off_unless_asked_for() -> None:
+def test_the_log_of_grpc_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)  # flwr sets it when another test imports it
     code = "import os, sys, atexit, fedge.cli; atexit.register(lambda: print(os.environ['GRPC_VERBOSITY']))"
     code += "; fedge.cli.main(['--version'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
