@@ -90,6 +90,7 @@ def test_heat_maps_are_drawn_for_every_attack(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_quick_run_has_the_promised_shape():
     ran = subprocess.run(
         [sys.executable, "-m", "benchmarks.robustness", "--quick", "--json"], capture_output=True, text=True, check=True
