@@ -138,6 +138,7 @@ def test_the_settings_the_readme_changes_can_be_changed() -> None:
 @pytest.mark.slow
 def test_the_readmes_simulation_runs(tmp_path: Path) -> None:
     """Its commands as they stand, only shorter."""
+    (tmp_path / "examples").symlink_to(EXAMPLES)
     for words in fedge_words(ROOT / "README.md"):
         if words[0] == "run":
             words += ["--set", "experiment.stop.updates=20", "--quiet"]

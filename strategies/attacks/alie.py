@@ -16,11 +16,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedge.core.errors import ExperimentError
 from fedge.core.params import Vector
 from fedge.strategies.attacks.moments import deviation, mean
 from fedge.strategies.attacks.scene import Scene
-from fedge.strategies.attacks.search import strongest
+from fedge.strategies.attacks.search import check_evaluations, strongest
 
 HIGHEST = 3.0  # where the hostile are so many that any z would do
 
@@ -53,8 +52,7 @@ class OptimalALittleIsEnough:
     omniscient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.evaluations < 1:
-            raise ExperimentError(f"simulation.attack.evaluations: must be at least 1, not {self.evaluations}.")
+        check_evaluations(self.evaluations)
 
     def forge(self, scene: Scene) -> Vector:
         """Mean - z * std; the paper's z where the rule cannot be asked."""

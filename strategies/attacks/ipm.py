@@ -12,11 +12,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedge.core.errors import ExperimentError
 from fedge.core.params import Vector
 from fedge.strategies.attacks.moments import mean
 from fedge.strategies.attacks.scene import Scene
-from fedge.strategies.attacks.search import strongest
+from fedge.strategies.attacks.search import check_evaluations, strongest
 
 EPSILON = 0.1
 
@@ -41,8 +40,7 @@ class OptimalInnerProductManipulation:
     omniscient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.evaluations < 1:
-            raise ExperimentError(f"simulation.attack.evaluations: must be at least 1, not {self.evaluations}.")
+        check_evaluations(self.evaluations)
 
     def forge(self, scene: Scene) -> Vector:
         """-epsilon * mean; the plain epsilon where the rule cannot be asked."""

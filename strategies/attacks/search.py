@@ -11,12 +11,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedge.core.errors import FedgeError
+from fedge.core.errors import ExperimentError, FedgeError
 from fedge.core.params import Vector
 from fedge.strategies.attacks.moments import mean
 from fedge.strategies.attacks.scene import Scene
 
 LEAST, MOST = 1 / 16, 256.0  # a plain mean is hurt the more the larger the factor: there has to be an end
+
+
+def check_evaluations(evaluations: int) -> None:
+    """Raises ExperimentError where the rule could never be asked."""
+    if evaluations < 1:
+        raise ExperimentError(f"simulation.attack.evaluations: must be at least 1, not {evaluations}.")
 
 
 def strongest(scene: Scene, forged: Callable[[float], Vector], plain: float, evaluations: int) -> Vector:
