@@ -16,7 +16,7 @@ from fedge.strategies.gram import Matrix
 
 Columns = NDArray[np.float32]
 
-BLOCK = 1 << 12  # coordinates: some rows of them fit in a cache
+BLOCK = 1 << 13  # coordinates: some rows of them fit in a cache, and lanes seldom wait for the interpreter
 APART = 16  # elements more between rows of a block: at a power of two they would crowd the same few lines of the cache
 
 

@@ -19,7 +19,7 @@ Matrix = NDArray[np.float64]
 Weights = NDArray[np.float64]
 
 BLOCK = 1 << 13  # elements per product: OpenBLAS adds up longer ones in several threads
-SUM_BLOCK = 1 << 16  # elements per step of a weighted sum: two blocks of them stay in the cache
+SUM_BLOCK = 1 << 18  # elements per step of a weighted sum: shorter ones make lanes wait for the interpreter
 CLOSE = 1e-6  # of the squared norms: a smaller squared distance needs products around a common row
 
 

@@ -29,12 +29,13 @@ def widest(gram: Matrix, counts: Weights) -> tuple[float, Weights]:
     shares = counts / counts.sum()
     along = gram @ shares
     centred = gram - along[:, None] - along + shares @ along
-    roots = np.sqrt(shares)
-    values, vectors = np.linalg.eigh(roots[:, None] * centred * roots)
+    counted = np.flatnonzero(shares)
+    roots = np.sqrt(shares[counted])
+    values, vectors = np.linalg.eigh(roots[:, None] * centred[np.ix_(counted, counted)] * roots)
     value = max(float(values[-1]), 0.0)
     if value == 0.0:
         return 0.0, np.zeros(len(gram))
-    projections: Weights = (centred @ (roots * vectors[:, -1])) ** 2 / value
+    projections: Weights = (centred[:, counted] @ (roots * vectors[:, -1])) ** 2 / value
     return value, projections
 
 
