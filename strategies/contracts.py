@@ -20,7 +20,8 @@ class Arrival:
     """What strategies see of an accepted update: its metadata, never its vector.
 
     `version` is the base version; `staleness` counts the versions published between base and arrival. `duration_s`
-    runs from dispatch to arrival on the coordinator's clock. `examples` is claimed by the client, within the limits.
+    runs from dispatch to arrival on the coordinator's clock. `steps`, at most those `asked` for, and `examples` are
+    claimed by the client, within the limits.
     `overdue`: the task had been given up (Lost was sent) before its update came after all; the client may be busy with
     another by now.
     """
@@ -30,6 +31,7 @@ class Arrival:
     version: int
     staleness: int
     steps: int
+    asked: int
     examples: int
     duration_s: float
     norm: float
@@ -140,7 +142,7 @@ class Fleet:
     """The federation as strategies see it; read-only to them. `idle` holds connected clients without a task."""
 
     seed: int
-    expected: int  # N: how many clients the experiment is made for
+    expected: int  # N: how many clients the experiment is made for, without those shut out
     now: float = 0.0
     version: int = 0
     idle: dict[str, None] = field(default_factory=dict)  # an ordered set: who has been idle longest comes first

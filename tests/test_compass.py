@@ -26,6 +26,16 @@ def known(**changes):
     return table
 
 
+def staggered(**changes):
+    """b (0.2 s a step) joins at 0 and a (0.1 s) at 10. At 20 both deliver; a's next task makes a group due at 30."""
+    table = Table(federation(**{"scheduler": STEPS, "expected": 2, **changes}))
+    table.join("b")
+    table.join("a", now=10.0)
+    table.deliver("a", 20.0, 0.0)
+    table.deliver("b", 20.0 + 1e-6, 0.0)
+    return table
+
+
 def groups(table):
     return table.machine._state.scheduler.groups
 
@@ -38,25 +48,31 @@ def test_first_arrivals_are_aggregated_alone_with_a_share_of_one_in_n():
 
 
 def test_a_slower_client_joins_with_the_steps_that_arrive_with_the_group():
-    table = fleet("a", "b")
-    table.deliver("a", 10.0)  # makes a group: 100 steps of 0.1 s, expected at 20
-    table.deliver("b", 10.0 + 1e-6, steps=50)  # 0.2 s a step: 49 fit until 20
+    table = staggered()
     assert table.tasks["a"].steps == 100
     assert table.tasks["b"].steps == 49
     (group,) = groups(table).values()
     assert set(group.awaited) == {"a", "b"}
-    assert group.expected_at == pytest.approx(20.0)
-    assert group.latest_at == pytest.approx(25.0)
+    assert group.expected_at == pytest.approx(30.0)
+    assert group.latest_at == pytest.approx(35.0)
+
+
+def test_who_claims_fewer_steps_than_asked_for_does_not_count_as_slow():
+    table = fleet("a", "b", scheduler=Compass(min_steps=20, max_steps=100, balance=1.0))
+    table.deliver("a", 10.0, 0.0)
+    table.deliver("b", 10.0 + 1e-6, 0.0, steps=1)
+    assert table.tasks["b"].steps == 99  # it joins a's group like any client as fast as a
+    table.deliver("a", 20.0, 1.0)
+    table.deliver("b", 20.0, 1.0)
+    np.testing.assert_allclose(table.machine.broadcast.vector, -1.0, rtol=1e-5)
 
 
 def test_a_group_closes_when_all_are_there_and_moves_by_its_share():
-    table = fleet("a", "b")
-    table.deliver("a", 10.0, 0.0)
-    table.deliver("b", 10.0 + 1e-6, 0.0, steps=50)
-    table.deliver("a", 20.0, 1.0)
+    table = staggered()
+    table.deliver("a", 30.0, 1.0)
     version = table.machine.broadcast.version
     assert not table.published()
-    table.deliver("b", 20.1, 3.0)
+    table.deliver("b", 30.1, 3.0)
     assert table.machine.broadcast.version == version + 1
     np.testing.assert_allclose(table.machine.broadcast.vector, -2.0)  # alpha/N * (1 + 3)
 
@@ -69,20 +85,18 @@ def test_who_cannot_join_creates_a_group_that_meets_another_later():
 
 
 def late_federation():
-    """a has arrived in its group; b, awaited by the same group, is late: the group closed without it at 25."""
-    table = fleet("a", "b", staleness=Polynomial())
-    table.deliver("a", 10.0, 0.0)
-    table.deliver("b", 10.0 + 1e-6, 0.0, steps=50)
+    """a has arrived in its group; b, awaited by the same group, is late: the group closed without it at 35."""
+    table = staggered(staleness=Polynomial())
     late = table.tasks.pop("b")
-    table.deliver("a", 20.0, 0.0)
-    table.tick(25.0)
+    table.deliver("a", 30.0, 0.0)
+    table.tick(35.0)
     return table, late
 
 
 def test_late_updates_of_one_client_are_all_kept_and_each_counts_once():
     table, late = late_federation()
     before = table.machine.updates
-    table.feed(Arrived(26.0, update_for(late, 1.0)))
+    table.feed(Arrived(36.0, update_for(late, 1.0)))
     assert "arrived" in table.kinds()
     second = table.tasks.pop("b")
     assert second.id != late.id
@@ -96,7 +110,7 @@ def test_late_updates_of_one_client_are_all_kept_and_each_counts_once():
 def test_late_updates_are_aggregated_even_where_their_group_brings_nothing():
     table, late = late_federation()
     version = table.machine.broadcast.version
-    table.feed(Arrived(26.0, update_for(late, 1.0)))
+    table.feed(Arrived(36.0, update_for(late, 1.0)))
     assert table.machine.broadcast.version == version
     table.tick(max(table.wakes))  # nobody else has come by then
     assert table.machine.broadcast.version == version + 1
@@ -111,12 +125,10 @@ def test_a_dead_client_leaves_no_zombie_group():
 
 
 def test_a_client_that_dies_does_not_hold_up_who_has_arrived():
-    table = fleet("a", "b")
-    table.deliver("a", 10.0, 0.0)
-    table.deliver("b", 10.0 + 1e-6, 0.0, steps=50)
-    table.deliver("a", 20.0, 1.0)
+    table = staggered()
+    table.deliver("a", 30.0, 1.0)
     version = table.machine.broadcast.version
-    table.feed(Left(20.5, "b"))
+    table.feed(Left(30.5, "b"))
     assert table.machine.broadcast.version == version + 1
 
 
@@ -136,7 +148,7 @@ def test_staler_updates_weigh_less():
 def test_nobody_joins_a_group_that_has_closed():
     table, late = late_federation()
     assert set(groups(table)) == {"group-1"}  # a's next; group-0 is forgotten
-    table.feed(Arrived(26.0, update_for(late)))
+    table.feed(Arrived(36.0, update_for(late)))
     assert "group-0" not in groups(table)
 
 

@@ -63,7 +63,7 @@ def federate(hooks, optimizer_settings, rounds):
     trainer, optimizer = trainer_with(*hooks), OPTIMIZERS.build(optimizer_settings)
     w, blobs, states, path = np.zeros(SIZE, np.float32), {}, [{}, {}], []
     server = optimizer.init(w)
-    members = tuple(Arrival(f"client-{k}", "t", 0, 0, STEPS, 40, 1.0, 1.0) for k in (0, 1))
+    members = tuple(Arrival(f"client-{k}", "t", 0, 0, STEPS, STEPS, 40, 1.0, 1.0) for k in (0, 1))
     for _ in range(rounds):
         updates = [local(trainer, w, client, states[client], blobs) for client in (0, 1)]
         names = updates[0].blobs

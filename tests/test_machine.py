@@ -27,6 +27,7 @@ from fedge.strategies import aggregators
 from fedge.strategies.contracts import Keep, Train
 from fedge.strategies.optimizers import OPTIMIZERS
 from fedge.strategies.schedulers import SCHEDULERS
+from fedge.strategies.schedulers.compass import Compass
 from tests.machines import SIZE, Table, federation, update_for
 
 
@@ -91,6 +92,18 @@ def test_a_client_that_keeps_failing_is_evicted_and_stays_out():
     table.feed(Failed(2.0, "a", table.tasks["a"].id, "TrainerError"))
     assert any(isinstance(effect, Evict) for effect in table.effects)
     assert [type(effect) for effect in table.join("a", now=3.0)] == [Evict]
+
+
+def test_who_is_shut_out_is_not_waited_for():
+    table = Table(federation(expected=3, limits=Limits(max_refusals=1), scheduler=Compass(balance=0.0)))
+    table.join("a", "b", "c")
+    table.feed(Failed(1.0, "a", table.tasks["a"].id, "TrainerError"))
+    table.deliver("b", 10.0, 1.0)
+    np.testing.assert_allclose(table.machine.broadcast.vector, -1 / 2)  # a share of two clients, not of three
+    again = Table(table.plan, Machine.restore(table.plan, table.machine.snapshot()))
+    again.tasks = dict(table.tasks)
+    again.deliver("c", 10.0, 1.0)
+    np.testing.assert_allclose(again.machine.broadcast.vector, -1.0)
 
 
 def test_another_models_layout_is_refused_on_joining():

@@ -25,7 +25,7 @@ def vector(seed, size=SIZE):
 
 def group(*, pools=("p",), members=2, expected=4, weights=None, steps=None):
     arrivals = tuple(
-        Arrival(f"c{index}", f"t{index}", 0, 0, steps[index] if steps else 10, 100, 1.0, 1.0)
+        Arrival(f"c{index}", f"t{index}", 0, 0, steps[index] if steps else 10, 100, 100, 1.0, 1.0)
         for index in range(members)
     )
     return Group(pools, arrivals, weights or (1.0,) * members, 1.0, expected)
@@ -111,7 +111,7 @@ def test_sgd_with_rate_one_is_fedavg_to_the_bit():
 def test_fednova_pairs_with_its_weigher_to_give_the_published_step(clients, momentum, rate):
     deltas = [vector(index + 1) for index in range(len(clients))]
     weigher = NovaWeigher(momentum=momentum)
-    members = tuple(Arrival("c", "t", 0, 0, steps, n, 1.0, 1.0) for n, steps in clients)
+    members = tuple(Arrival("c", "t", 0, 0, steps, steps, n, 1.0, 1.0) for n, steps in clients)
     weights = tuple(weigher.weigh(member) for member in members)
     mean = np.average(deltas, axis=0, weights=weights).astype(np.float32)
     optimizer = OPTIMIZERS.build({"kind": "fednova", "momentum": momentum, "rate": rate})

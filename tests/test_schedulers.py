@@ -204,7 +204,7 @@ def test_dbw_waits_for_more_clients_the_more_they_disagree(mean_norm, k):
     Nearly alike, by hand: V = 0.122, |g|^2 = 0.878, L = 1.92, G(k) = 0.0335 - 0.117 / k; G(4) / 4 > G(5) / 10.
     """
     scheduler = DynamicBackupWorkers(steps=10, rate=0.1)
-    members = tuple(Arrival(name, name, 0, 0, 10, 10, 1.0, 1.0, {"loss_start": 0.99}) for name in TAKES_S)
+    members = tuple(Arrival(name, name, 0, 0, 10, 10, 10, 1.0, 1.0, {"loss_start": 0.99}) for name in TAKES_S)
     state = State(k=5, durations=dict(TAKES_S), loss=1.0)
     fleet = Fleet(0, 5, examples=dict.fromkeys(TAKES_S, 10))
     state, _ = scheduler.step(state, Closed(("round",), members, mean_norm), fleet)

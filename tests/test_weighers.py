@@ -20,7 +20,7 @@ DISCOUNTS = [
 
 
 def arrival(*, staleness=0, examples=100, steps=10):
-    return Arrival("c", "t", 0, staleness, steps, examples, 1.0, 1.0)
+    return Arrival("c", "t", 0, staleness, steps, steps, examples, 1.0, 1.0)
 
 
 @given(st.sampled_from(DISCOUNTS), st.integers(0, 100_000), st.integers(0, 1000))

@@ -83,6 +83,7 @@ class Machine:
             name: record.examples for name, record in held.clients.items() if record.state not in ("absent", "evicted")
         }
         self._fleet = Fleet(federation.seed, federation.expected, held.now, held.version, held.idle, examples)
+        self._expect()
 
     def snapshot(self) -> bytes:
         """All state, as bytes."""
@@ -211,8 +212,8 @@ class Machine:
         staleness = self._state.version - record.version
         duration = self._state.now - record.dispatched
         arrival = Arrival(
-            update.client, update.task_id, record.version, staleness, update.steps, update.examples, duration, norm,
-            dict(update.metrics), overdue=record.state == "expired",
+            update.client, update.task_id, record.version, staleness, update.steps, record.steps, update.examples,
+            duration, norm, dict(update.metrics), overdue=record.state == "expired",
         )  # fmt: skip
         self._release(update.client, update.task_id)
         self._signal(say.Arrived(arrival), update)
@@ -316,6 +317,7 @@ class Machine:
         if known.refused_in_row >= self._federation.limits.max_refusals:
             reason = f"{known.refused_in_row} tasks in a row brought nothing usable"
             waited_for |= self._part(client, "evicted")
+            self._expect()
             self._effects.append(Evict(client, reason))
             self._record("evicted", client=client, reason=reason)
             self._finish_if_starved()
@@ -338,6 +340,15 @@ class Machine:
     def _refuse(self, client: str, task_id: str, error: FedgeError) -> None:
         self._effects.append(Refuse(client, task_id, error.reason, error.status, str(error)))
         self._record("refused", client=client, task=task_id, reason=error.reason, detail=str(error))
+
+    def _left(self) -> int:
+        """Clients that are there or may still come."""
+        known = self._state.clients.values()
+        return max(self._federation.expected, len(known)) - sum(one.state == "evicted" for one in known)
+
+    def _expect(self) -> None:
+        """Schedulers do not wait for who is shut out, nor keep a share of the step for them."""
+        self._fleet.expected = max(1, min(self._federation.expected, self._left()))
 
     # ---- the scheduler and its orders ----------------------------------------------------------
 
@@ -463,10 +474,8 @@ class Machine:
     def _finish_if_starved(self) -> None:
         """The rule will never have the clients it needs: too few are left, or it has waited too long for them."""
         plan, held = self._federation, self._state
-        shut_out = sum(known.state == "evicted" for known in held.clients.values())
-        left = max(plan.expected, len(held.clients)) - shut_out
         needed = plan.aggregator.min_rows()
-        if (needed > 1 and left < needed) or held.held_in_row > plan.limits.max_held_groups:
+        if (needed > 1 and self._left() < needed) or held.held_in_row > plan.limits.max_held_groups:
             self._finish("starved")
 
     def _finish(self, reason: str) -> None:

@@ -1,7 +1,7 @@
 """FedCompass: as many local steps for each client as make its group arrive together (Li et al., "FedCompass: Efficient
 Cross-Silo Federated Learning on Heterogeneous Client Devices using a Computing Power-Aware Scheduler", 2024).
 
-    speed S_i    seconds per local step, smoothed with weight `momentum` on the newest sample
+    speed S_i    seconds per local step asked for, smoothed with weight `momentum` on the newest sample
     join         the open group g with the most steps q = floor((T_exp(g) - now) / S_i), min_steps <= q <= max_steps
     else create  with as many steps as let the fastest client of some open group do one more full round meanwhile
     T_latest     now + latest_factor * (T_exp - now): the group closes without who is not there by then
@@ -14,7 +14,8 @@ With 1 everybody pushes equally hard per second; 1/2 lies between, and is ours (
 
 A first arrival, whose speed nobody knew, is aggregated alone. What published implementations get wrong and this one
 does not: a late update waits in its own pool and counts once; a group whose clients are all gone is forgotten; late
-updates are aggregated at the latest time even where their group brings nothing; who is alive is decided by leases, not
+updates are aggregated at the latest time even where their group brings nothing; who claims fewer steps than it was
+asked for does not count as slow, and shares in the step as the slow do; who is alive is decided by leases, not
 by T_latest; and as one machine handles one event at a time, joining a group cannot race with closing it.
 """
 
@@ -117,7 +118,7 @@ class Compass:
     # ---- arrivals ------------------------------------------------------------------------------
 
     def _arrived(self, state: State, arrival: Arrival, fleet: Fleet) -> list[Order]:
-        client, sample = arrival.client, max(arrival.duration_s / arrival.steps, SHORTEST_S)
+        client, sample = arrival.client, max(arrival.duration_s / arrival.asked, SHORTEST_S)
         first = client not in state.speeds
         state.speeds[client] = sample if first else (1 - self.momentum) * state.speeds[client] + self.momentum * sample
         share = self._share(state, client)
