@@ -14,9 +14,9 @@ With 1 everybody pushes equally hard per second; 1/2 lies between, and is ours (
 
 A first arrival, whose speed nobody knew, is aggregated alone. What published implementations get wrong and this one
 does not: a late update waits in its own pool and counts once; a group whose clients are all gone is forgotten; late
-updates are aggregated at the latest time even where their group brings nothing; who claims fewer steps than it was
-asked for does not count as slow, and shares in the step as the slow do; who is alive is decided by leases, not
-by T_latest; and as one machine handles one event at a time, joining a group cannot race with closing it.
+updates are aggregated at the latest time even where their group brings nothing; who claims to have done fewer steps
+than asked for is not taken to be slow, which would buy it a larger share; who is alive is decided by leases, not by
+T_latest; and as one machine handles one event at a time, joining a group cannot race with closing it.
 """
 
 from dataclasses import dataclass, field
