@@ -1,10 +1,22 @@
-"""Rules and pre-aggregators as their formulas on rows: slow, and obvious. `weights` add up to 1."""
+"""Rules and pre-aggregators as formulas on rows, slow and obvious (`weights` add up to 1); and what their tests share."""
 
 import itertools
 
 import numpy as np
 
 from fedge.core.random import generator
+from fedge.strategies.aggregators.evidence import Evidence
+
+
+def evidence(rows, f=0, weights=None, names=None, seed=0):
+    n = len(rows)
+    weights = np.full(n, 1 / n) if weights is None else np.asarray(weights) / np.sum(weights)
+    names = tuple(names or (f"client-{index:02d}" for index in range(n)))
+    return Evidence(rows @ rows.T, weights, f, names, seed)
+
+
+def same(found, wanted, rtol=1e-7, size=1.0):
+    np.testing.assert_allclose(found, wanted, rtol=rtol, atol=rtol * size)
 
 
 def gap(one, other):
