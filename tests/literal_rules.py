@@ -1,4 +1,4 @@
-"""Rules and pre-aggregators as formulas on rows, slow and obvious (`weights` add up to 1); and what their tests share."""
+"""Rules and pre-aggregators as formulas on rows, slow and obvious; `weights` add up to 1. And what tests share."""
 
 import itertools
 
