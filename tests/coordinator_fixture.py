@@ -112,7 +112,15 @@ class Peer:
         return await self.send(self.parts(self.begin(task, delta, **changes), delta.tobytes()))
 
     async def send(self, parts: Iterator[pb.UploadPart]) -> pb.UploadReply:
-        return await self.stub.Upload(parts, timeout=10)
+        """Upload; where a refusal overtakes bytes still on their way, gRPC may say INTERNAL alone: ask again for it."""
+        kept = list(parts)
+        for _ in range(10):
+            try:
+                return await self.stub.Upload(iter(kept), timeout=10)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.INTERNAL or reason(error):
+                    raise
+        raise AssertionError("ten uploads in a row ended without a reason")
 
     async def offset(self, task_id: str) -> pb.UploadOffsetReply:
         return await self.stub.UploadOffset(pb.UploadOffsetRequest(sender=self.sender, task_id=task_id), timeout=10)
