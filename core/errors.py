@@ -4,12 +4,14 @@
     +-- TheirFault            the caller or a peer sent something unusable; nothing else is affected
     |   +-- ExperimentError   the experiment file or a setting               exit 2
     |   +-- DataError         a data set that is missing, empty or malformed exit 3
-    |   +-- ModelError        a model that cannot be used, or whose layout differs   exit 4
+    |   +-- ModelError        a model that cannot be used, cut or loaded, or whose layout differs   exit 4
     |   +-- TrainerError      the user's training code raised or returned the wrong thing exit 5
     |   +-- RefusedUpdate     an update the screen turned away; one leaf per reason
     |   +-- RefusedClient     a client that may not join
+    |   +-- RefusedTensor     a tensor on its way to the tail that does not fit the model served   exit 11
     +-- OurFault
         +-- AddressError      cannot listen on, or reach, an address          exit 6
+        |   +-- Overloaded    the cloud has no room for one more request
         +-- JournalError      the journal cannot be written or does not verify exit 7
         +-- StrategyError     a strategy plug-in broke its contract           exit 8
 
@@ -63,6 +65,18 @@ class ModelError(TheirFault):
     exit_code = 4
 
 
+class CannotCut(ModelError):
+    """The graph has no place, or not the wanted one, where it falls into a head and a tail."""
+
+    reason = "CANNOT_CUT"
+
+
+class BadBundle(ModelError):
+    """A folder of a split model is incomplete, of another format, or not what its hashes promise."""
+
+    reason = "BAD_BUNDLE"
+
+
 class TrainerError(TheirFault):
     """The user's training code raised, or returned something that is no update."""
 
@@ -90,6 +104,20 @@ class StaleIncarnation(RefusedClient):
     """Another process has joined under this client's name since; this one must stop."""
 
     reason = "STALE_INCARNATION"
+    status = "FAILED_PRECONDITION"
+
+
+class RefusedTensor(TheirFault):
+    """A tensor at a boundary has the wrong name, shape, type, size or coding; nothing was computed."""
+
+    reason = "BAD_TENSOR"
+    exit_code = 11
+
+
+class OtherBundle(RefusedTensor):
+    """The tensor comes from another version of the model than the one that is served."""
+
+    reason = "OTHER_BUNDLE"
     status = "FAILED_PRECONDITION"
 
 
@@ -185,6 +213,21 @@ class AddressError(OurFault):
     reason = "ADDRESS"
     status = "UNAVAILABLE"
     exit_code = 6
+
+
+class Overloaded(AddressError):
+    """The queue of requests is full, or none of them would be answered in time."""
+
+    reason = "OVERLOADED"
+    status = "RESOURCE_EXHAUSTED"
+
+
+class TooLate(OurFault):
+    """No answer was to be had before the deadline."""
+
+    reason = "TOO_LATE"
+    status = "DEADLINE_EXCEEDED"
+    exit_code = 12
 
 
 class JournalError(OurFault):

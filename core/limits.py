@@ -44,3 +44,31 @@ class Limits:
     max_held_groups: int = 10_000  # in a row, too small for the rule, before the run ends as starved
     remembered_tasks: int = 100_000  # ended task ids kept, so that a repeated delivery is recognised
     snapshot_updates: int = 256  # accepted updates between two snapshots in the journal
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeLimits:
+    """What a split model, and one device that asks for its tail, may cost. Sizes in bytes, times in seconds."""
+
+    # A model file, before anything of it is used.
+    max_model_bytes: int = 64 << 20  # of the graph; weights lie beside it
+    max_weights_bytes: int = 16 << 30
+    max_nodes: int = 200_000
+    max_pieces: int = 512
+
+    # One request.
+    max_tensor_bytes: int = 64 << 20  # coded or not
+    max_tensors: int = 64
+    max_rank: int = 8
+    max_deadline_s: float = 60.0
+    rpc_timeout_s: float = 10.0
+    stream_timeout_s: float = 600.0  # both ends open the next stream after it
+    max_probe_bytes: int = 1 << 20
+
+    # What the cloud holds.
+    max_streams: int = 1000
+    max_queue: int = 256  # requests that wait, all devices together
+    max_queue_bytes: int = 256 << 20
+    max_in_flight: int = 32  # requests of one device
+    max_batch: int = 16
+    batch_wait_s: float = 0.002  # how long the first request of a batch waits for others

@@ -1,4 +1,4 @@
-"""Generate protos/fedge_pb2*.py from protos/fedge.proto; with --check, say whether the committed files are current."""
+"""Generate protos/*_pb2*.py from protos/*.proto; with --check, say whether the committed files are current."""
 
 import argparse
 import sys
@@ -8,17 +8,19 @@ from pathlib import Path
 from grpc_tools import protoc
 
 PROTOS = Path(__file__).resolve().parents[1] / "protos"
-NAMES = ("fedge_pb2.py", "fedge_pb2.pyi", "fedge_pb2_grpc.py")
+SCHEMAS = ("fedge", "edge")
+NAMES = [f"{schema}_pb2{ending}" for schema in SCHEMAS for ending in (".py", ".pyi", "_grpc.py")]
 
 
 def generate(out: Path) -> None:
     """Write the generated modules into `out`, importing each other as fedge.protos."""
     flags = [f"--proto_path={PROTOS}", f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}"]
-    if protoc.main(["protoc", *flags, "fedge.proto"]):
+    if protoc.main(["protoc", *flags, *(f"{schema}.proto" for schema in SCHEMAS)]):
         raise SystemExit("protoc failed")
-    stub = out / "fedge_pb2_grpc.py"
-    text = stub.read_text().replace("import fedge_pb2 as", "from fedge.protos import fedge_pb2 as")
-    stub.write_text(text)
+    for schema in SCHEMAS:
+        stub = out / f"{schema}_pb2_grpc.py"
+        module = f"import {schema}_pb2 as"
+        stub.write_text(stub.read_text().replace(module, f"from fedge.protos {module}"))
 
 
 def stale() -> list[str]:

@@ -1,0 +1,170 @@
+"""The bundle: the folder in which a model that is cut in pieces travels to devices and clouds.
+
+    bundle.json     this description; its `version` is the SHA-256 over everything else
+    weights.data    the weights, once; every piece maps what it needs of them
+    pieces/*.onnx   graphs of a few kilobytes that name parts of weights.data
+
+The model is a line of boundaries, from its input to its output. A piece computes from one boundary to a later one and,
+on its way, the exits in between; a device runs pieces up to an exit or a cut, a cloud the piece from the cut to the
+output. Owns the format and its verification: nothing of a folder is used whose hash has not been checked. Must never
+import onnx, onnxruntime or torch.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from fedge.core.errors import BadBundle
+from fedge.core.limits import EdgeLimits
+
+FORMAT = 1
+INPUT = "input"  # the name of the first boundary
+OUTPUT = "output"  # and of the last
+DESCRIPTION = "bundle.json"
+WEIGHTS = "weights.data"
+
+
+class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one tensor must look like. A negative extent is free (the batch)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Boundary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A place on the line: the tensors that cross it. `position` counts the operators before it."""
+
+    name: str
+    tensors: tuple[Tensor, ...]
+    position: int
+
+
+class Exit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An early answer: its logits are an output of every piece that passes `boundary`.
+
+    `temperature` divides the logits before the softmax; `threshold` is the confidence from which it answers.
+    """
+
+    name: str
+    boundary: str
+    logits: Tensor
+    temperature: float = 1.0
+    threshold: float = 1.0
+
+
+class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A graph from one boundary to a later one. Outputs are the later boundary's tensors, then the exits' logits."""
+
+    file: str
+    start: str
+    end: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    exits: tuple[str, ...] = ()
+
+
+class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A cut model. `files` gives size and SHA-256 of everything in the folder but the description itself.
+
+    `rule` says when an exit answers (see `fedge.edge.exits.rules`). `codings` says, for each boundary that may be sent,
+    which codings were tried, with the accuracy that held-out data gave for each: the planner chooses among them.
+    """
+
+    format: int
+    version: str
+    model: str
+    boundaries: tuple[Boundary, ...]
+    pieces: tuple[Piece, ...]
+    files: dict[str, tuple[int, str]]
+    exits: tuple[Exit, ...] = ()
+    rule: str = "confidence"
+    classes: tuple[str, ...] = ()
+    codings: dict[str, dict[str, float | None]] = {}
+
+    def boundary(self, name: str) -> Boundary:
+        """The boundary of this name. Raises KeyError."""
+        return {boundary.name: boundary for boundary in self.boundaries}[name]
+
+    def piece(self, start: str, end: str) -> Piece:
+        """The piece between two boundaries. Raises KeyError."""
+        return {(piece.start, piece.end): piece for piece in self.pieces}[start, end]
+
+
+def version_of(bundle: Bundle) -> str:
+    """SHA-256 over the description without its version, hence over the hashes of all files."""
+    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(bundle, version=""), order="sorted")).hexdigest()
+
+
+def write(folder: Path, bundle: Bundle) -> Bundle:
+    """Hash the files that lie in `folder`, give the bundle its version and write its description."""
+    names = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DESCRIPTION)
+    files = {path.relative_to(folder).as_posix(): (path.stat().st_size, digest(path)) for path in names}
+    bundle = msgspec.structs.replace(bundle, files=files, version="")
+    bundle = msgspec.structs.replace(bundle, version=version_of(bundle))
+    (folder / DESCRIPTION).write_bytes(msgspec.json.format(msgspec.json.encode(bundle)))
+    return bundle
+
+
+def load(folder: Path, limits: EdgeLimits = EdgeLimits()) -> Bundle:
+    """The verified bundle in `folder`.
+
+    Raises BadBundle where a file is missing, too large, outside the folder, or not what its hash promises.
+    """
+    path = folder / DESCRIPTION
+    try:
+        bundle = msgspec.json.decode(path.read_bytes(), type=Bundle)
+    except FileNotFoundError:
+        raise BadBundle(f"{str(folder)!r} holds no {DESCRIPTION}; make one with `fedge edge export`.") from None
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BadBundle(f"{str(path)!r} is not the description of a bundle ({error}); export it again.") from None
+    if bundle.format != FORMAT:
+        raise BadBundle(f"The bundle is of format {bundle.format}, this fedge reads {FORMAT}; export it again.")
+    if version_of(bundle) != bundle.version:
+        raise BadBundle("The bundle's description does not have the hash it claims; export or copy it again.")
+    _check_files(folder, bundle.files, limits)
+    _check_line(bundle, limits)
+    return bundle
+
+
+def _check_files(folder: Path, files: Mapping[str, tuple[int, str]], limits: EdgeLimits) -> None:
+    for name, (size, sha256) in files.items():
+        if not _inside(name):
+            raise BadBundle(f"The bundle names the file {name!r}, which may lie outside its folder; do not use it.")
+        most = limits.max_model_bytes if name.endswith(".onnx") else limits.max_weights_bytes
+        if size > most:
+            raise BadBundle(f"{name!r} has {size} bytes, {most} are allowed; export the model in smaller parts.")
+        path = folder / name
+        if not path.is_file() or path.is_symlink() or path.stat().st_size != size or digest(path) != sha256:
+            raise BadBundle(f"{name!r} of the bundle is missing or changed; copy the whole folder again.")
+
+
+def _check_line(bundle: Bundle, limits: EdgeLimits) -> None:
+    """Boundaries stand in order, and pieces and exits name only what is there."""
+    order = {boundary.name: index for index, boundary in enumerate(bundle.boundaries)}
+    positions = [boundary.position for boundary in bundle.boundaries]
+    ends = [boundary.name for boundary in bundle.boundaries[:1] + bundle.boundaries[-1:]]
+    if len(order) != len(positions) or positions != sorted(positions) or ends != [INPUT, OUTPUT]:
+        raise BadBundle("The boundaries of the bundle do not run from input to output; export it again.")
+    if len(bundle.pieces) > limits.max_pieces:
+        raise BadBundle(f"The bundle has {len(bundle.pieces)} pieces, {limits.max_pieces} are allowed.")
+    exits = {leave.name for leave in bundle.exits}
+    for piece in bundle.pieces:
+        known = piece.start in order and piece.end in order and exits.issuperset(piece.exits)
+        if not known or order[piece.start] >= order[piece.end] or piece.file not in bundle.files:
+            raise BadBundle(f"The piece {piece.file!r} joins boundaries that are not there; export the bundle again.")
+    if any(leave.boundary not in order for leave in bundle.exits) or not order.keys() >= bundle.codings.keys():
+        raise BadBundle("An exit or a coding of the bundle names a boundary that is not there; export it again.")
+
+
+def _inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

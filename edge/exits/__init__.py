@@ -1,0 +1,1 @@
+"""Early exits: when one may answer, how far it can be trusted, and how to train it."""

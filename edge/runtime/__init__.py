@@ -1,0 +1,1 @@
+"""Sessions on onnxruntime alone, with weights that stay in the page cache."""
