@@ -21,6 +21,7 @@ import typer
 from typer.core import TyperArgument
 
 from fedge.core.errors import ExperimentError, FedgeError
+from fedge.printing import Json, Quiet, note, say, table
 
 if TYPE_CHECKING:
     from fedge.experiment import Stop
@@ -38,7 +39,6 @@ app.add_typer(robust)
 
 INTERRUPTED = 130
 USAGE = 2
-WIDE = 240  # characters of a table that goes to a file or a pipe
 
 ExperimentFile = Annotated[Path, typer.Argument(help="The experiment file.", show_default=False)]
 Address = Annotated[str, typer.Argument(help="host:port of the coordinator.", show_default=False)]
@@ -46,8 +46,6 @@ Setting = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. experiment.seed=3; repeatable."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and errors as one too.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -79,7 +77,7 @@ def init(
         shutil.copyfile(Path(__file__).with_name("starter.toml"), path)
     except OSError as error:
         raise ExperimentError(f"Cannot write {str(path)!r} ({error.strerror}); name another folder.") from None
-    _say({"experiment": str(path)}, json, f"{path}  (try: fedge run {path})")
+    say({"experiment": str(path)}, json, f"{path}  (try: fedge run {path})")
 
 
 @app.command()
@@ -123,7 +121,7 @@ def serve(
     name = plan.experiment.name
 
     def on_listening(address: str) -> None:
-        _note(f"listening on {address}; devices join with: fedge join {address}")
+        note(f"listening on {address}; devices join with: fedge join {address}")
 
     with _watching(name, plan.experiment.stop, silent=quiet or json) as watchers:
         try:
@@ -137,7 +135,7 @@ def serve(
             )
         except KeyboardInterrupt:
             if not json:
-                _note("the same command goes on with the run")
+                note("the same command goes on with the run")
             raise
     _report(made, json)
 
@@ -170,11 +168,11 @@ def join(
 
     def progress(kind: str, details: Mapping[str, Any]) -> None:
         shown = {key: value for key, value in details.items() if isinstance(value, int | str)}
-        _note(f"{known}: {kind} " + "  ".join(f"{key} {value}" for key, value in shown.items()))
+        note(f"{known}: {kind} " + "  ".join(f"{key} {value}" for key, value in shown.items()))
 
     told = None if json else progress
     done = serving.participate(address, plan, name=known, shard=shard, folder=state, progress=told)
-    _say(asdict(done), json, f"{known}: {done.updates} updates, {done.refused} refused; the run ended: {done.finished}")
+    say(asdict(done), json, f"{known}: {done.updates} updates, {done.refused} refused; the run ended: {done.finished}")
 
 
 @app.command()
@@ -183,7 +181,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.", show_defaul
     from fedge.report import write
 
     page = write(run)
-    _say({"report": str(page)}, json, str(page))
+    say({"report": str(page)}, json, str(page))
 
 
 @app.command()
@@ -202,10 +200,10 @@ def compare(
     found = compare_runs(runs, out, target)
     if json:
         rows = [asdict(row) for row in found.rows]
-        _say({"target": found.target, "rows": rows, "page": str(found.page), "plot": str(found.plot)}, json, "")
+        say({"target": found.target, "rows": rows, "page": str(found.page), "plot": str(found.plot)}, json, "")
         return
     title = "" if found.target is None else f"to {found.target:.1%} accuracy"
-    _table(HEADS, [row.cells() for row in found.rows], title)
+    table(HEADS, [row.cells() for row in found.rows], title)
     typer.echo(str(found.page))
 
 
@@ -217,13 +215,13 @@ def status(address: Address, json: Json = False) -> None:
 
     found = serving.status(address)
     if json:
-        _say(found, json, "")
+        say(found, json, "")
         return
     metrics = "  ".join(f"{name} {value:.4g}" for name, value in found["metrics"].items())
     head = f"version {found['version']}  updates {found['updates']}  running {duration(found['running_s'])}  {metrics}"
     typer.echo(f"{head}  {'ended: ' + found['finished'] if found['finished'] else ''}".rstrip())
     heads = ("client", "state", "updates", "refused")
-    _table(heads, [[str(client[key]) for key in heads] for client in found["clients"]], "")
+    table(heads, [[str(client[key]) for key in heads] for client in found["clients"]])
 
 
 @robust.callback(invoke_without_command=True)
@@ -248,7 +246,7 @@ def advise(
 
     found = advice.advise(clients, clients if sampled is None else sampled, byzantine, risk, rounds)
     if json:
-        typer.echo(jsons.dumps(asdict(found), default=float))
+        say(asdict(found), json, "")
         return
     _advice(found)
 
@@ -277,7 +275,7 @@ def _report(made: "Run", json: bool) -> None:
         try:
             page = str(write(made.folder))
         except ExperimentError as error:  # without the plots a run is still a run
-            _note(f"no report: {error}")
+            note(f"no report: {error}")
     summary = {**made.summary, "folder": str(made.folder), "report": page}
     accuracy = made.summary["accuracy"].get("final")
     reached = made.summary["time_to_target_s"]
@@ -291,7 +289,7 @@ def _report(made: "Run", json: bool) -> None:
         words.append(made.summary["failures"])
     if made.summary.get("unheard"):
         words.append(made.summary["unheard"])
-    _say(summary, json, "\n".join(["  ".join(words), page or str(made.folder)]))
+    say(summary, json, "\n".join(["  ".join(words), page or str(made.folder)]))
 
 
 def _advice(found: "Advice") -> None:
@@ -299,36 +297,16 @@ def _advice(found: "Advice") -> None:
     f = found.byzantine
     typer.echo(f"{found.sampled} clients per round, drawn from {found.clients} of whom {found.hostile} are hostile\n")
     tails = [(str(tail.byzantine), f"{float(tail.group):.2g}", f"{float(tail.run):.2g}") for tail in found.tails]
-    _table(("f", "more than f in a round", f"in any of {found.rounds}"), tails[max(0, f - 8) : f + 2], "")
+    table(("f", "more than f in a round", f"in any of {found.rounds}"), tails[max(0, f - 8) : f + 2])
     typer.echo(f"\n{found.words}\n")
     answer = {True: "yes", False: "no"}
     rules = [
         (rule.kind, answer[rule.valid], str(rule.needs or "-"), answer[rule.honours_weights], rule.cost)
         for rule in found.rules
     ]
-    _table(("rule", f"withstands {f} of {found.sampled}", "least rows", "honours weights", "cost"), rules, "")
+    table(("rule", f"withstands {f} of {found.sampled}", "least rows", "honours weights", "cost"), rules)
     remarks = [f"{rule.kind}: {rule.note}" for rule in found.rules if rule.note]
     typer.echo("\n" + "\n".join([*remarks, "", found.experiment]), nl=False)
-
-
-def _say(data: Mapping[str, Any], as_json: bool, text: str) -> None:
-    typer.echo(jsons.dumps(data) if as_json else text)
-
-
-def _note(text: str) -> None:
-    typer.echo(text, err=True)
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title or None, box=None, header_style="bold", pad_edge=False)
-    for index, head in enumerate(heads):
-        table.add_column(head, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
 # ---- the entry point ---------------------------------------------------------------------------
@@ -382,5 +360,5 @@ def _fault(reason: str, message: str, exit_code: int, as_json: bool) -> int:
     if as_json:
         typer.echo(jsons.dumps({"error": {"reason": reason, "message": message, "exit_code": exit_code, "help": page}}))
     else:
-        _note(f"error: {message}")
+        note(f"error: {message}")
     return exit_code
