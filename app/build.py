@@ -155,7 +155,7 @@ def _check_sizes(experiment: Experiment) -> None:
         return  # a natural partition: as many as the data set has
     _check_aggregator(experiment, clients)
     if attack := hostile.adversary(experiment):
-        attack.chosen(clients, experiment.experiment.seed)
+        attack.chosen(client_names(clients), experiment.experiment.seed)
     scheduler(experiment)
     server = experiment.server
     for where, table in (("scheduler", server.scheduler), ("selector", server.selector or {})):
@@ -170,31 +170,35 @@ def _check_sizes(experiment: Experiment) -> None:
 def _check_aggregator(experiment: Experiment, clients: int) -> None:
     """A rule that could never run, or would not do what the file says."""
     server, rule = experiment.server, aggregator(experiment)
-    kind, f = _kind(server.aggregator), int(server.aggregator.get("byzantine", 0))
     if not rule.honours_weights and _kind(server.weigher) == "examples":
         raise ExperimentError(
-            f"server.aggregator {kind!r} ignores weights, so server.weigher 'examples' would change nothing; set the "
-            "weigher to { kind = \"equal\" }, or take a rule that honours weights, such as 'geometric-median'."
+            f"server.aggregator {aggregators.named(server.aggregator)} ignores weights, so server.weigher 'examples' "
+            'would change nothing; set the weigher to { kind = "equal" }, or take a rule that honours weights, such as '
+            "'geometric-median'."
         )
     asked = min(int(table.get("clients", clients)) for table in (server.scheduler, server.selector or {}))
     present = clients if server.aggregator.get("cache") else min(clients, asked)
     needed = rule.min_rows()
     if needed > present:
-        fits = max((less for less in range(f) if _rows_for(server.aggregator, less) <= present), default=None)
-        remedy = "take another rule" if fits is None else f"set byzantine to at most {fits}"
         sampled = (
             f"{present} of the {clients} clients take part in a round"
             if present < clients
             else f"there are {clients} clients"
         )
         raise ExperimentError(
-            f"server.aggregator {kind!r} with byzantine = {f} needs {needed} clients at once, and {sampled}; {remedy}, "
-            f"or have at least {needed} take part."
+            f"server.aggregator {aggregators.named(server.aggregator)} with byzantine = "
+            f"{server.aggregator.get('byzantine', 0)} needs {needed} clients at once, and {sampled}; "
+            f"{_remedy(server.aggregator, present)}, or have at least {needed} take part."
         )
 
 
-def _rows_for(table: Component, byzantine: int) -> int:
-    return aggregators.build({**table, "byzantine": byzantine}).min_rows()
+def _remedy(table: Component, present: int) -> str:
+    """What lets a rule run with so many clients."""
+    fits = aggregators.most_byzantine(table, present, lambda rule: rule.min_rows() <= present)
+    if fits is not None:
+        return f"set byzantine to at most {fits}"
+    alone = aggregators.build({**table, "pre": []}).min_rows() if table.get("pre") else present + 1
+    return f"leave out pre, without which it needs {alone}" if alone <= present else "take another rule"
 
 
 def _kind(table: Component | None) -> str:
@@ -322,7 +326,8 @@ def trainer_from(settings: Mapping[str, Any]) -> Trainer:
     experiment = experiments.of(settings)
     dataset = load(experiment.data.dataset)
     if hostile.poisons(experiment):
-        dataset, _ = hostile.poisoned(experiment, dataset, shards(experiment, dataset))
+        parts = shards(experiment, dataset)
+        dataset, _ = hostile.poisoned(experiment, dataset, parts, client_names(len(parts)))
     return trainer(experiment, dataset)
 
 
@@ -330,10 +335,7 @@ def simulation(experiment: Experiment, built: Trainer, parts: list[Shard]) -> Si
     """The run in virtual time, ready to go; trainer and shards are those of the poisoned data, where it is."""
     settings, rule, names = experiment.simulation, aggregator(experiment), client_names(len(parts))
     if missing := rule.lacks(names, rule.memory()):
-        kind = _kind(experiment.server.aggregator)
-        raise ExperimentError(
-            f"server.aggregator {kind!r} can never run here: it lacks {missing}; clients are {names[0]} to {names[-1]}."
-        )
+        raise ExperimentError(_never_runs(experiment.server.aggregator, names, missing))
     network = Network(**{name: getattr(settings.network, name) for name in settings.network.__struct_fields__})
     return Simulation(
         federation(experiment, built.layout, len(parts)),
@@ -347,4 +349,14 @@ def simulation(experiment: Experiment, built: Trainer, parts: list[Shard]) -> Si
         evaluate_updates=experiment.experiment.evaluate_updates,
         names=names,
         adversary=hostile.adversary(experiment),
+    )
+
+
+def _never_runs(table: Component, names: Sequence[str], missing: str) -> str:
+    """That a rule misses something although all clients are there."""
+    fits = aggregators.most_byzantine(table, len(names), lambda rule: not rule.lacks(names, rule.memory()))
+    remedy = "" if fits is None else f"set byzantine to at most {fits}, or take more clients; "
+    return (
+        f"server.aggregator {aggregators.named(table)} can never run here: it lacks {missing}; {remedy}"
+        f"clients are {names[0]} to {names[-1]}."
     )

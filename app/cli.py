@@ -24,7 +24,7 @@ from fedge.core.errors import ExperimentError, FedgeError
 from fedge.printing import Json, Quiet, note, say, table
 
 if TYPE_CHECKING:
-    from fedge.experiment import Stop
+    from fedge.experiment import Experiment, Stop
     from fedge.runs import Run, Watcher
     from fedge.strategies.aggregators.advice import Advice
 
@@ -95,6 +95,7 @@ def run(
     more = [] if processes is None else [f"simulation.processes={processes}"]
     plan = build.load_experiment(experiment, [*set, *more])
     name = plan.experiment.name
+    _remark(plan)
     with _watching(name, plan.experiment.stop, silent=quiet or json) as watchers:
         made = api.play(plan, lambda: runs.new_folder(name, out), watchers)
     _report(made, json)
@@ -119,6 +120,7 @@ def serve(
 
     plan = build.load_experiment(experiment, set)
     name = plan.experiment.name
+    _remark(plan)
 
     def on_listening(address: str) -> None:
         note(f"listening on {address}; devices join with: fedge join {address}")
@@ -188,13 +190,12 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.", show_defaul
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where compare.html and compare.png go.")] = Path("compare"),
-    target: Annotated[float | None, typer.Option(help="Test accuracy; else the runs' own.")] = None,
+    target: Annotated[float | None, typer.Option(help="Test accuracy, in (0, 1]; else the runs' own.")] = None,
     json: Json = False,
 ) -> None:
     """Compare runs: time to the target relative to the fastest, as a table and as plots."""
     from dataclasses import asdict
 
-    from fedge.report import HEADS
     from fedge.report import compare as compare_runs
 
     found = compare_runs(runs, out, target)
@@ -203,7 +204,7 @@ def compare(
         say({"target": found.target, "rows": rows, "page": str(found.page), "plot": str(found.plot)}, json, "")
         return
     title = "" if found.target is None else f"to {found.target:.1%} accuracy"
-    table(HEADS, [row.cells() for row in found.rows], title)
+    table(found.heads, found.cells, title)
     typer.echo(str(found.page))
 
 
@@ -217,7 +218,7 @@ def status(address: Address, json: Json = False) -> None:
     if json:
         say(found, json, "")
         return
-    metrics = "  ".join(f"{name} {value:.4g}" for name, value in found["metrics"].items())
+    metrics = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in found["metrics"].items())
     head = f"version {found['version']}  updates {found['updates']}  running {duration(found['running_s'])}  {metrics}"
     typer.echo(f"{head}  {'ended: ' + found['finished'] if found['finished'] else ''}".rstrip())
     heads = ("client", "state", "updates", "refused")
@@ -266,6 +267,14 @@ def _watching(title: str, stop: "Stop", *, silent: bool) -> Iterator["list[Watch
         yield [progress]
 
 
+def _remark(plan: "Experiment") -> None:
+    """Say what protects less than it seems to."""
+    from fedge import hostile
+
+    for remark in hostile.remarks(plan):
+        note(f"note: {remark}")
+
+
 def _report(made: "Run", json: bool) -> None:
     """Write the report and say where the run is."""
     from fedge.report import write
@@ -284,18 +293,19 @@ def _report(made: "Run", json: bool) -> None:
         words.append(
             f"target {made.summary['target']:.0%} " + (f"after {reached:.1f} s" if reached is not None else "missed")
         )
-    words.append(f"{made.summary['versions']} versions, {made.summary['updates']} updates ({made.summary['finished']})")
-    if made.summary["failures"]:
-        words.append(made.summary["failures"])
-    if made.summary.get("unheard"):
-        words.append(made.summary["unheard"])
+    held = f", {made.summary['held']} groups held" if made.summary["held"] else ""
+    words.append(
+        f"{made.summary['versions']} versions, {made.summary['updates']} updates{held} ({made.summary['finished']})"
+    )
+    words += [made.summary[key] for key in ("starved", "failures", "unheard") if made.summary.get(key)]
     say(summary, json, "\n".join(["  ".join(words), page or str(made.folder)]))
 
 
 def _advice(found: "Advice") -> None:
     """The probabilities, what follows from them, the rules, and what to write."""
     f = found.byzantine
-    typer.echo(f"{found.sampled} clients per round, drawn from {found.clients} of whom {found.hostile} are hostile\n")
+    drawn = "1 client" if found.sampled == 1 else f"{found.sampled} clients"
+    typer.echo(f"{drawn} per round, drawn from {found.clients}, of whom hostile: {found.hostile}\n")
     tails = [(str(tail.byzantine), f"{float(tail.group):.2g}", f"{float(tail.run):.2g}") for tail in found.tails]
     table(("f", "more than f in a round", f"in any of {found.rounds}"), tails[max(0, f - 8) : f + 2])
     typer.echo(f"\n{found.words}\n")
@@ -347,12 +357,18 @@ def _outcome(words: list[str]) -> int:
     except FedgeError as error:
         return _fault(error.reason, str(error), error.exit_code, as_json)
     except click.ClickException as error:
-        return _fault("USAGE", error.format_message(), USAGE, as_json)
+        return _fault("USAGE", _once(error.format_message()), USAGE, as_json)
     except OSError as error:
         return _fault(FedgeError.reason, f"{error.strerror}: {error.filename}", FedgeError.exit_code, as_json)
     if code == INTERRUPTED:  # what typer makes of Ctrl-C
         return _fault("INTERRUPTED", "interrupted", INTERRUPTED, as_json)
     return code if isinstance(code, int) else 0
+
+
+def _once(message: str) -> str:
+    """Without the second of two equal questions at its end: Typer suggests a command, and so does Click 8.5."""
+    before, asked, question = message.rpartition(" Did you mean")
+    return before if asked and before.endswith(asked + question) else message
 
 
 def _fault(reason: str, message: str, exit_code: int, as_json: bool) -> int:

@@ -5,6 +5,7 @@ experiment. A component is a table `{ kind = "...", ... }` that stays plain data
 object. Must never import a strategy, a data set or a framework.
 """
 
+import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from fedge.core.limits import Limits
 from fedge.core.registry import explained, nearest
 
 Component = dict[str, Any]
+COMPONENTS = (Component, Component | None)  # what a key may be typed as
 Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
@@ -29,7 +31,13 @@ UPDATES_IF_ENDLESS = 2000  # a stop without updates, versions or seconds might n
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 NAME_IN_WORDS = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or a digit"
 TRACKERS = ("files", "tensorboard")
-KEPT = {"data.partition": ("clients",), "simulation.attack": ("clients", "faster")}  # whatever the kind
+# What stays when --set names another kind: the settings that every kind of that table has.
+KEPT = {
+    "data.partition": ("clients",),
+    "server.aggregator": ("byzantine", "cache", "momentum"),
+    "simulation.attack": ("clients", "faster"),
+}
+LESS = {"mean": (), "local-clipping": ("byzantine",)}  # but for these, which have not all of them
 
 
 def component(kind: str, **settings: Any) -> Any:
@@ -168,7 +176,7 @@ def of(data: Mapping[str, Any]) -> Experiment:
     try:
         experiment = msgspec.convert(data, Experiment)
     except msgspec.ValidationError as error:
-        raise ExperimentError(_sentence(error)) from None
+        raise ExperimentError(_sentence(error, data)) from None
     _check_values(experiment)
     return experiment
 
@@ -176,8 +184,8 @@ def of(data: Mapping[str, Any]) -> Experiment:
 def apply(data: dict[str, Any], override: str) -> None:
     """Set one "dotted.key=VALUE" in plain data. VALUE is TOML; anything else is text.
 
-    A component given another kind starts from that kind's own defaults; a partition keeps its number of clients, an
-    attack how many are hostile and how fast.
+    A component given another kind starts from that kind's own defaults, but for what KEPT names. Raises
+    ExperimentError where the key or the tables on its way are no such thing.
     """
     path, equals, text = override.partition("=")
     *parents, key = path.strip().split(".")
@@ -189,11 +197,18 @@ def apply(data: dict[str, Any], override: str) -> None:
         if not isinstance(table, dict):
             raise ExperimentError(f"--set {override!r}: {parent!r} is no table.")
     value = _toml_value(text.strip())
-    if key == "kind" and table.get("kind") != value:
-        kept = {name: table[name] for name in KEPT.get(".".join(parents), ()) if name in table}
-        table.clear()
-        table |= kept
+    if key == "kind":
+        value = value if isinstance(value, str) else text.strip()  # nan is an attack
+        if table.get("kind") != value:
+            kept = {name: table[name] for name in _kept(".".join(parents), value) if name in table}
+            table.clear()
+            table |= kept
     table[key] = value
+
+
+def _kept(where: str, kind: str) -> Sequence[str]:
+    known = KEPT.get(where, ())
+    return LESS.get(kind, known) if where == "server.aggregator" else known
 
 
 def plain(experiment: Experiment) -> dict[str, Any]:
@@ -242,8 +257,10 @@ def _check_keys(data: Mapping[str, Any], struct: type[Any], path: tuple[str, ...
 
 
 def _check_finite(value: Any, path: tuple[str, ...]) -> None:
+    if isinstance(value, float) and not math.isfinite(value) and path[-1] == "kind":
+        raise ExperimentError(f'{".".join(path)}: a kind is text; write "{value}", in quotes.')
     if isinstance(value, float) and not math.isfinite(value):
-        raise ExperimentError(f"{_place('.'.join(path))} must be finite, not {value}.")
+        raise ExperimentError(f"{'.'.join(path)} must be finite, not {value}.")
     if isinstance(value, Mapping):
         for key, item in value.items():
             _check_finite(item, (*path, key))
@@ -252,26 +269,24 @@ def _check_finite(value: Any, path: tuple[str, ...]) -> None:
 def _check_values(experiment: Experiment) -> None:
     for tracker in experiment.report.to:
         if tracker not in TRACKERS:
-            raise ExperimentError(f"[report] to: no tracker {tracker!r}; {nearest(tracker, TRACKERS)}")
+            raise ExperimentError(f"report.to: no tracker {tracker!r}; {nearest(tracker, TRACKERS)}")
     for name in _fields(Limits):
         value = getattr(experiment.deploy.limits, name)
         if value <= 0:
-            raise ExperimentError(f"[deploy] limits.{name} is {value}; a limit must be above 0.")
+            raise ExperimentError(f"deploy.limits.{name} is {value}; a limit must be above 0.")
     network = experiment.simulation.network
     if (network.up_s is None) != (network.down_s is None):
-        raise ExperimentError("[simulation] network: outages need both up_s and down_s; give both or neither.")
+        raise ExperimentError("simulation.network: outages need both up_s and down_s; give both or neither.")
 
 
-def _sentence(error: msgspec.ValidationError) -> str:
-    """What is wrong, as "[a] b: expected ..."."""
+def _sentence(error: msgspec.ValidationError, data: Mapping[str, Any]) -> str:
+    """What is wrong, as "a.b: expected ..."; where a component's kind stands alone, how to write it."""
     path, what = explained(error)
     what = what.replace(f"text matching regex {NAME!r}", NAME_IN_WORDS)
-    return f"{_place(path)}: {what}." if path else f"{what[0].upper()}{what[1:]}."
-
-
-def _place(path: str) -> str:
     section, _, key = path.partition(".")
-    return f"[{section}] {key}" if key else f"[{section}]"
+    if what == "expected a table, got text" and _fields(_fields(Experiment)[section]).get(key) in COMPONENTS:
+        what += f"; write {key} = {{ kind = {json.dumps(data[section][key], ensure_ascii=False)} }}"
+    return f"{path}: {what}." if path else f"{what[0].upper()}{what[1:]}."
 
 
 def _toml_value(text: str) -> Any:

@@ -4,6 +4,8 @@ Owns the settings that every attack has, and the surgery by which examples are p
 """
 
 import dataclasses
+from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -29,7 +31,32 @@ class _Hostile(msgspec.Struct, frozen=True):
 def adversary(experiment: Experiment) -> Adversary | None:
     """Who attacks, and how; None where nobody does. Raises ExperimentError."""
     table = experiment.simulation.attack
-    return None if table is None else _adversary(table)
+    return None if table is None else replace(_adversary(table), spared=_root(experiment))
+
+
+def _root(experiment: Experiment) -> str:
+    """The client that others are compared with, if any: whoever names one vouches for it."""
+    return str(experiment.server.aggregator.get("root", ""))
+
+
+def remarks(experiment: Experiment) -> list[str]:
+    """What may well be run, but protects less than it seems to."""
+    server, found = experiment.server, []
+    kind, f = server.aggregator["kind"], int(server.aggregator.get("byzantine", 0))
+    if kind in ("mean", "average"):
+        if f and not server.aggregator.get("pre"):
+            found.append(
+                f"server.aggregator {kind!r} withstands no hostile client although byzantine is {f}; take 'robust'."
+            )
+        return found
+    crew = adversary(experiment)
+    sampled = any(table.get("clients") for table in (server.scheduler, server.selector or {}))
+    if crew and not sampled and "byzantine" in server.aggregator and not crew.spared and crew.clients > f:
+        found.append(
+            f"simulation.attack.clients is {crew.clients}, and server.aggregator withstands byzantine = {f} only; set "
+            f"byzantine to {crew.clients} if the rule can, or attack with at most {f}."
+        )
+    return found
 
 
 def _adversary(table: Component) -> Adversary:
@@ -38,8 +65,10 @@ def _adversary(table: Component) -> Adversary:
         hostile = msgspec.convert({key: table[key] for key in table if key not in own}, _Hostile)
     except msgspec.ValidationError as error:
         path, what = explained(error)
+        if path == "clients" and what.endswith("got a list"):
+            what += "; it is how many are hostile, who are drawn by the seed and cannot be named"
         raise ExperimentError(f"simulation.attack.{path}: {what}.") from None
-    attack = attacks.build(own)
+    attack = attacks.build(own, _Hostile.__struct_fields__)
     faster = getattr(attack, "haste", 1.0) if hostile.faster is None else hostile.faster
     return Adversary(attack, hostile.clients, faster, str(own.get("kind", "")))
 
@@ -63,7 +92,9 @@ def poisons(experiment: Experiment) -> bool:
     return attack is not None and isinstance(attack.attack, attacks.Poisons)
 
 
-def poisoned(experiment: Experiment, dataset: Dataset, parts: list[Shard]) -> tuple[Dataset, list[Shard]]:
+def poisoned(
+    experiment: Experiment, dataset: Dataset, parts: list[Shard], names: Sequence[str]
+) -> tuple[Dataset, list[Shard]]:
     """The data set with poisoned copies of the hostile clients' examples behind its own, and shards that point there:
     a trainer needs to know nothing of it. Honest clients keep their examples, also those they share with a hostile one.
     """
@@ -72,7 +103,7 @@ def poisoned(experiment: Experiment, dataset: Dataset, parts: list[Shard]) -> tu
         return dataset, parts
     inputs, labels, sources, shifted = [dataset.x_train], [dataset.y_train], [], list(parts)
     count = len(dataset.y_train)
-    for index in hostile.chosen(len(parts), seed):
+    for index in hostile.chosen(names, seed):
         mine = np.asarray(parts[index])
         x, y = _poison(hostile, dataset, mine, derive(seed, "poison", index))
         inputs.append(x)

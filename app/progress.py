@@ -70,7 +70,8 @@ class Progress:
             ("staleness", f"{tally.staleness_mean:.2f}"),
             ("sent up", size(tally.bytes_up)),
         ]
-        return [*rows, ("failures", tally.failures)] if tally.failures else rows
+        further = [("held", tally.waiting), ("failures", tally.failures)]
+        return [*rows, *((name, words) for name, words in further if words)]
 
     def _table(self) -> Table:
         line = self._tally.lines[-1] if self._tally.lines else {}

@@ -92,11 +92,19 @@ class Recorder:
     """Takes a run down, in memory and, where `folder` is given, in its files; and tells the watchers.
 
     A folder that holds records of this experiment is gone on with (`recorded` counts its lines), so that a coordinator
-    started again completes it. Raises ExperimentError where the folder holds another experiment.
+    started again completes it. `remarks` go into the summary.
+    Raises ExperimentError where the folder holds another experiment.
     """
 
-    def __init__(self, experiment: Experiment, folder: Path | None, watchers: Sequence[Watcher] = ()) -> None:
-        self.tally = Tally(target=experiment.experiment.stop.target)
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path | None,
+        watchers: Sequence[Watcher] = (),
+        remarks: Sequence[str] = (),
+    ) -> None:
+        self.tally = Tally(target=experiment.experiment.stop.target, rule=experiment.server.aggregator)
+        self._remarks = list(remarks)
         self.recorded = 0
         self._experiment = experiment
         self._folder = folder
@@ -162,6 +170,7 @@ class Recorder:
             "name": self._experiment.experiment.name,
             "seed": self._experiment.experiment.seed,
             "finished": reason or self.tally.finished,
+            "remarks": self._remarks,
             **self.tally.summary(),
             "wall_s": self.wall_s,
             "model_sha256": "" if vector is None else hashlib.sha256(vector.tobytes()).hexdigest(),

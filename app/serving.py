@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from fedge import build, trackers
+from fedge import build, hostile, trackers
 from fedge import experiment as experiments
 from fedge.client.connection import Connection, channel_options, check_form
 from fedge.client.data import load
@@ -55,7 +55,8 @@ def coordinate(
     clients = build.expected(experiment) or len(build.shards(experiment, dataset))
     plan = build.federation(experiment, trainer.layout, clients)
     folder.mkdir(parents=True, exist_ok=True)
-    with trackers.opened(experiment, folder) as more, Recorder(experiment, folder, [*more, *watchers]) as recorder:
+    watching, remarks = trackers.opened(experiment, folder), hostile.remarks(experiment)
+    with watching as more, Recorder(experiment, folder, [*more, *watchers], remarks) as recorder:
         line = Liner(recorder, trainer.layout.size * np.dtype(np.float32).itemsize)
         work = serve(
             plan,
@@ -130,7 +131,9 @@ def prepared(plan: Experiment, shard: int | None) -> tuple[Trainer, Shard]:
 
 @contextmanager
 def membership(address: str, name: str) -> Iterator[str]:
-    """Join, for the text of the coordinator's experiment; who cannot go on from there leaves."""
+    """The text of the coordinator's experiment, before one is a client of it. A coordinator that takes who asks for one
+    already is told where it cannot go on from there.
+    """
     connection = Connection(address, name, Limits())
     try:
         text = str(connection.join().experiment)

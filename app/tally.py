@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedge.server.machine.events import Record
+from fedge.strategies import aggregators
 
 OFTEN, ENOUGH = 0.9, 5  # rejected in this share of at least so many groups: always, for what one can tell
 NAMED = 10  # clients in one line
@@ -36,9 +37,13 @@ class Heard:
 
 @dataclass
 class Tally:
-    """Sums and extremes of one run. Times in seconds since the start, accuracies in [0, 1], sizes in bytes."""
+    """Sums and extremes of one run. Times in seconds since the start, accuracies in [0, 1], sizes in bytes.
+
+    `rule` is the aggregator's table; `held` are the groups held in a row, `lacking` what the last of them lacked.
+    """
 
     target: float | None = None
+    rule: Mapping[str, Any] = field(default_factory=dict)
     t: float = 0.0
     version: int = 0
     updates: int = 0
@@ -49,11 +54,16 @@ class Tally:
     staleness_max: int = 0
     finished: str = ""
     last_failure: str = ""
+    held: int = 0
+    lacking: str = ""
+    needs: int = 0
+    left: int = 0
     time_to_target_s: float | None = None
     counts: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     updates_by_client: Counter[str] = field(default_factory=Counter)
     heard: dict[str, Heard] = field(default_factory=dict)
+    hostile: list[str] = field(default_factory=list)  # known in a simulation alone
     lines: list[Mapping[str, Any]] = field(default_factory=list)
 
     def record(self, record: Record) -> None:
@@ -70,8 +80,12 @@ class Tally:
             self.last_failure = values.get("detail") or values["reason"]
         elif record.kind == "failed":
             self.last_failure = values["reason"]
+        elif record.kind == "hostile":
+            self.hostile = [] if values["attack"] == "none" else list(values["clients"])
+        elif record.kind == "held":
+            self.held, self.lacking = self.held + 1, values["missing"]
         elif record.kind == "finished":
-            self.finished = values["reason"]
+            self.finished, self.needs, self.left = values["reason"], values.get("needs", 0), values.get("left", 0)
 
     def _arrived(self, values: Mapping[str, Any]) -> None:
         self.arrived += 1
@@ -82,7 +96,7 @@ class Tally:
         self.updates_by_client[values["client"]] += 1
 
     def _aggregated(self, values: Mapping[str, Any]) -> None:
-        self.version = values["version"]
+        self.version, self.held = values["version"], 0
         self.updates += len(values["members"])
         for row in (*values["members"], *values.get("absent", ())):
             if "rejected" in row:
@@ -116,15 +130,37 @@ class Tally:
         return f"{words} (last: {self.last_failure})" if words else ""
 
     @property
+    def waiting(self) -> str:
+        """What groups that are held wait for; empty where none are."""
+        return f"{self.held} groups in a row, the last lacks {self.lacking}" if self.held else ""
+
+    @property
+    def starved(self) -> str:
+        """Why the rule had too few clients, and what would do; empty where that did not end the run."""
+        if self.finished != "starved" or not self.needs:
+            return ""
+        words = f"{aggregators.named(self.rule)} with byzantine = {self.rule.get('byzantine', 0)} "
+        if self.left >= self.needs:
+            return f"{words}held {self.waiting}; {self.left} clients are left: have those that are missing take part"
+        fits = aggregators.most_byzantine(self.rule, self.left, lambda rule: rule.min_rows() <= self.left)
+        remedy = "take another rule" if fits is None else f"set byzantine to at most {fits}"
+        words += f"needs {self.needs} clients in a group, and {self.left} are left"
+        return f"{words}; {remedy}, or have more clients take part"
+
+    @property
     def unheard(self) -> str:
-        """Who was always rejected, which may be an honest client unlike the others; empty where nobody was."""
+        """Who was always rejected, which may be an honest client unlike the others (a simulation knows which is); empty
+        where nobody was.
+        """
         found = sorted(
             ((name, heard) for name, heard in self.heard.items() if heard.always_rejected),
             key=lambda item: (-item[1].rejected, item[0]),
         )
-        words = [f"{name} ({heard.rejected} of {heard.judged})" for name, heard in found]
+        honest = [name for name, _ in found if self.hostile and name not in self.hostile]
+        words = [f"{name} ({heard.rejected} of {heard.judged}{', honest' * (name in honest)})" for name, heard in found]
         more = f" and {len(words) - NAMED} more" if len(words) > NAMED else ""
-        return f"always rejected: {', '.join(words[:NAMED])}{more}" if words else ""
+        who = ", all hostile" if self.hostile and not honest else ""
+        return f"always rejected{who}: {', '.join(words[:NAMED])}{more}" if words else ""
 
     def _verdicts(self) -> dict[str, Any]:
         """Who was listened to, where rows were judged."""
@@ -150,6 +186,7 @@ class Tally:
             "time_to_target_s": self.time_to_target_s,
             "versions": self.version,
             "updates": self.updates,
+            "accepted": self.arrived,
             "late": self.late,
             "refused": dict(self.refused),
             "failed": self.counts["failed"],
@@ -163,6 +200,8 @@ class Tally:
             "staleness": {"mean": self.staleness_mean, "max": self.staleness_max},
             "superseded": self.counts["superseded"],
             "held": self.counts["held"],
+            "starved": self.starved,
+            **({"hostile": self.hostile} if self.hostile else {}),
             **self._verdicts(),
             "seconds": self.t,
         }

@@ -42,6 +42,7 @@ class Limits:
     max_clients: int = 10_000
     max_refusals: int = 3  # refused updates in a row before a client is evicted
     max_held_groups: int = 10_000  # in a row, too small for the rule, before the run ends as starved
+    max_held_unchanged: int = 1000  # of those, in a row without a row of a new client, once all expected have come
     remembered_tasks: int = 100_000  # ended task ids kept, so that a repeated delivery is recognised
     snapshot_updates: int = 256  # accepted updates between two snapshots in the journal
 

@@ -8,8 +8,8 @@ import dataclasses
 import difflib
 import importlib
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 
@@ -29,6 +29,8 @@ _KINDS = {  # as a user of TOML knows them
 def nearest(word: str, known: Iterable[str]) -> str:
     """A clause that names the closest known word, or lists all."""
     known = list(known)
+    if not known:
+        return "it has none."
     close = difflib.get_close_matches(word, known, 1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}."
 
@@ -36,12 +38,23 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def explained(error: msgspec.ValidationError) -> tuple[str, str]:
     """(the dotted key, what is wrong with its value in plain words) of "Expected `int`, got `str` - at `$.a.b`"."""
     message, _, path = str(error).partition(" - at `$")
-    words = re.sub("`([^`]*)`", lambda found: " or ".join(map(_named, found[1].split(" | "))), message)
-    return path.strip("`").lstrip("."), words[0].lower() + words[1:]
+    path = path.strip("`").lstrip(".")
+    if missing := re.fullmatch("Object missing required field `(.*)`", message):
+        return f"{path}.{missing[1]}".lstrip("."), "is needed, and was left out"
+    words = re.sub("`([^`]*)`", lambda found: _named(found[1].split(" | ")), message)
+    return path, words[0].lower() + words[1:]
 
 
-def _named(kind: str) -> str:
-    return _KINDS.get(kind, f"`{kind}`")
+def _named(kinds: list[str]) -> str:
+    """As TOML has them, which has no null: a key may be left out, but not be nothing."""
+    given = [kind for kind in kinds if kind != "null"] or kinds
+    return " or ".join(_KINDS.get(kind, f"`{kind}`") for kind in given)
+
+
+def _one_of(literal: Any, value: Any) -> str:
+    """That this value is none of those of a Literal."""
+    known = ", ".join(map(repr, get_args(literal)))
+    return f"must be one of {known}, not {value!r}"
 
 
 def load(path: str, where: str) -> Any:
@@ -63,35 +76,49 @@ def load(path: str, where: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Registry:
-    """The components of one slot. `entries` maps a kind to "package.module:Class"."""
+    """The components of one slot. `entries` maps a kind to "package.module:Class".
+
+    `presets` are more kinds, which the slot's own builder replaces before it asks here. Where a slot holds a list
+    (`several`), a sentence about a setting names the kind it belongs to.
+    """
 
     slot: str
     entries: Mapping[str, str]
+    presets: Collection[str] = ()
+    several: bool = False
 
     def find(self, kind: str) -> Any:
         """The class or function for `kind`. Raises ExperimentError with the nearest known kind."""
         if ":" in kind:
             return load(kind, self.slot)
         if kind not in self.entries:
-            raise ExperimentError(f"{self.slot}: no kind {kind!r}; {nearest(kind, self.entries)}")
+            raise ExperimentError(f"{self.slot}: no kind {kind!r}; {nearest(kind, (*self.entries, *self.presets))}")
         return load(self.entries[kind], self.slot)
 
-    def build(self, settings: Mapping[str, Any]) -> Any:
-        """An instance from {"kind": ..., **fields}; unknown fields and wrong types are refused by name."""
+    def build(self, settings: Mapping[str, Any], around: Collection[str] = (), called: str = "") -> Any:
+        """An instance from {"kind": ..., **fields}; unknown fields and wrong types are refused by name, with the
+        nearest of its own and of those `around` it, which somebody else reads. `called` is the kind as the user knows
+        it. Raises ExperimentError.
+        """
         values = dict(settings)
         kind = values.pop("kind", None)
         if not isinstance(kind, str):
-            raise ExperimentError(f"{self.slot}: needs kind = one of {', '.join(sorted(self.entries))}.")
+            known = ", ".join(sorted((*self.entries, *self.presets)))
+            raise ExperimentError(f"{self.slot}: needs kind = one of {known}.")
         cls = self.find(kind)
         if not dataclasses.is_dataclass(cls):
             raise ExperimentError(f"{self.slot}: {kind!r} is not a dataclass of settings.")
+        where, called = f"{self.slot}.{kind}" if self.several else self.slot, called or kind
         fields = [item.name for item in dataclasses.fields(cls) if item.init]
         for name in values:
             if name not in fields:
-                raise ExperimentError(f"{self.slot}.{name}: {kind!r} has no such setting; {nearest(name, fields)}")
+                raise ExperimentError(
+                    f"{where}.{name}: {called!r} has no such setting; {nearest(name, (*fields, *around))}"
+                )
         try:
             return msgspec.convert(values, cls)
         except msgspec.ValidationError as error:
             path, what = explained(error)
-            where = f"{self.slot}.{path}" if path else f"{self.slot} ({kind})"
-            raise ExperimentError(f"{where}: {what}.") from None
+            if what.startswith("invalid enum value") and path in values:
+                what = _one_of(get_type_hints(cls)[path], values[path])
+            raise ExperimentError(f"{where}.{path}: {what}." if path else f"{where} ({called}): {what}.") from None

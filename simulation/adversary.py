@@ -20,7 +20,7 @@ from fedge.core.params import Vector
 from fedge.core.random import derive, generator
 from fedge.core.task import Task, Update
 from fedge.strategies.aggregators.robust import Robust
-from fedge.strategies.attacks.scene import Scene, misled
+from fedge.strategies.attacks.scene import Fussy, Scene, misled
 from fedge.strategies.contracts import Aggregator
 
 Training = Callable[[], Update]
@@ -30,13 +30,15 @@ Training = Callable[[], Update]
 class Adversary:
     """`clients` of all are hostile and do as `attack` (fedge.strategies.attacks) says; `kind` is its name.
 
-    `faster` divides the seconds they need for a step. Raises ExperimentError where either makes no sense.
+    `faster` divides the seconds they need for a step. `spared` is the name of a client that is never one of them.
+    Raises ExperimentError where either makes no sense.
     """
 
     attack: Any
     clients: int = 1
     faster: float = 1.0
     kind: str = ""
+    spared: str = ""
 
     def __post_init__(self) -> None:
         if self.clients < 1:
@@ -44,13 +46,21 @@ class Adversary:
         if not 0 < self.faster < float("inf"):
             raise ExperimentError(f"simulation.attack.faster: must be above 0 and finite, not {self.faster}.")
 
-    def chosen(self, among: int, seed: int) -> list[int]:
-        """The hostile clients' indices, drawn from all. Raises ExperimentError where no honest one would be left."""
+    def chosen(self, names: Sequence[str], seed: int) -> list[int]:
+        """The hostile clients' indices, drawn from all but who is spared. Raises ExperimentError where no honest one
+        would be left, or the attack asks for more of them.
+        """
+        among = len(names)
         if self.clients >= among:
             raise ExperimentError(
                 f"simulation.attack.clients is {self.clients}, and there are {among} clients; leave an honest one."
             )
-        return sorted(generator(seed, "attack").permutation(among)[: self.clients].tolist())
+        if isinstance(self.attack, Fussy):
+            self.attack.check(among - self.clients)
+        drawn = [
+            index for index in generator(seed, "attack").permutation(among).tolist() if names[index] != self.spared
+        ]
+        return sorted(drawn[: self.clients])
 
 
 class Crew:
@@ -58,7 +68,7 @@ class Crew:
 
     def __init__(self, adversary: Adversary, names: Sequence[str], aggregator: Aggregator, seed: int) -> None:
         self.adversary, self._names, self._aggregator, self._seed = adversary, names, aggregator, seed
-        self.members = frozenset(adversary.chosen(len(names), seed))
+        self.members = frozenset(adversary.chosen(names, seed))
         self._begun: list[dict[str, Training]] = [{} for _ in names]  # by task, in the order of dispatch
         self._ahead: dict[str, Update | TrainerError] = {}  # trained before their time, by task
         self._newest: dict[int, Vector] = {}  # of each honest client

@@ -155,7 +155,7 @@ class Simulation:
             if joins < drops:
                 self._push(joins, self._joined(index, joins))
             if drops < inf:
-                self._push(drops + notice_s, Left(drops + notice_s, name, "dropped out"))
+                self._push(drops + notice_s, Left(drops + notice_s, name, "dropped out", for_good=True))
             self._queue_outage(index, joins)
 
     def _queue_outage(self, index: int, after: float) -> None:

@@ -271,8 +271,8 @@ def plan_with(table, *more):
 def test_poisoned_copies_lie_behind_the_data_and_only_hostile_shards_point_there():
     plan, dataset = plan_with("{ kind = 'label-flip', clients = 2 }"), small_data()
     parts = wiring.shards(plan, dataset)
-    changed, shifted = hostile_clients.poisoned(plan, dataset, parts)
-    hostile = hostile_clients.adversary(plan).chosen(5, 0)
+    changed, shifted = hostile_clients.poisoned(plan, dataset, parts, wiring.client_names(5))
+    hostile = hostile_clients.adversary(plan).chosen(wiring.client_names(5), 0)
     assert np.array_equal(changed.x_train[:60], dataset.x_train)
     assert np.array_equal(changed.y_train[:60], dataset.y_train)
     assert changed.x_train.dtype == np.uint8
@@ -284,7 +284,10 @@ def test_poisoned_copies_lie_behind_the_data_and_only_hostile_shards_point_there
             assert np.array_equal(changed.columns["who"][after], before)
         else:
             assert np.array_equal(before, after)
-    assert hostile_clients.poisoned(plan_with("{ kind = 'alie' }"), dataset, parts) == (dataset, parts)
+    assert hostile_clients.poisoned(plan_with("{ kind = 'alie' }"), dataset, parts, wiring.client_names(5)) == (
+        dataset,
+        parts,
+    )
 
 
 @dataclass(frozen=True)
@@ -299,7 +302,7 @@ class Halved(Broken):
 def test_a_users_poison_that_breaks_is_named(way, says):
     plan, dataset = plan_with(f"{{ kind = 'tests.test_adversary:Halved', way = '{way}' }}"), small_data()
     with pytest.raises(StrategyError, match=f"test_adversary:Halved' .*{says}"):
-        hostile_clients.poisoned(plan, dataset, wiring.shards(plan, dataset))
+        hostile_clients.poisoned(plan, dataset, wiring.shards(plan, dataset), wiring.client_names(5))
 
 
 class OfLabels(FunctionTrainer):
@@ -410,3 +413,47 @@ def test_a_hostile_trainer_keeps_the_contract_of_a_trainer():
         testing.hostile(plus_one(), "label-flip")
     with pytest.raises(ExperimentError, match="no kind 'nam'"):
         testing.hostile(plus_one(), "nam")
+
+
+def test_whom_others_are_compared_with_is_never_hostile():
+    table = "attack = { kind = 'sign-flip', clients = 4 }"
+    for root in wiring.client_names(5):
+        rule = f"aggregator = {{ kind = 'fltrust', root = '{root}' }}"
+        plan = experiments.parse(
+            f"[data]\npartition = {{ kind = 'iid', clients = 5 }}\n[server]\n{rule}\n[simulation]\n{table}"
+        )
+        drawn = hostile_clients.adversary(plan).chosen(wiring.client_names(5), 0)
+        assert [f"client-{index:03d}" for index in range(5) if index not in drawn] == [root]
+
+
+def test_a_place_that_no_honest_client_has_is_refused():
+    adversary = Adversary(build({"kind": "mimic", "client": 6}), 2)
+    with pytest.raises(
+        ExperimentError, match="is 6, and the 6 honest clients have the places 0 to 5; name one of them"
+    ):
+        adversary.chosen(wiring.client_names(8), 0)
+    assert len(adversary.chosen(wiring.client_names(9), 0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "clients", "remark"),
+    [
+        (
+            "kind = 'mean', byzantine = 2",
+            2,
+            "'mean' withstands no hostile client although byzantine is 2; take 'robust'",
+        ),
+        ("kind = 'mean', byzantine = 2, pre = ['nnm']", 2, ""),
+        ("kind = 'mean'", 2, ""),
+        ("kind = 'median', byzantine = 2", 6, "clients is 6, and server.aggregator withstands byzantine = 2 only"),
+        ("kind = 'median', byzantine = 2", 2, ""),
+        ("kind = 'fltrust', root = 'client-000'", 6, ""),
+    ],
+)
+def test_protection_that_protects_nobody_is_remarked_on(rule, clients, remark):
+    partition = "[data]\npartition = { kind = 'iid', clients = 8 }"
+    attack = f"[simulation]\nattack = {{ kind = 'sign-flip', clients = {clients} }}"
+    plan = wiring.settled(experiments.parse(f"{partition}\n[server]\naggregator = {{ {rule} }}\n{attack}"))
+    found = hostile_clients.remarks(plan)
+    assert len(found) == bool(remark)
+    assert remark in "".join(found)

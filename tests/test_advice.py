@@ -147,16 +147,41 @@ def test_where_no_group_is_large_enough_it_says_how_many_to_draw_or_to_cache() -
     found = advise(40, 6, 4)
     assert not found.kept
     assert found.quorum is not None
-    assert f"Draw {found.quorum} clients per round, or set cache = true" in found.words
+    assert found.quorum_byzantine == advise(40, found.quorum, 4).byzantine
+    assert (
+        f"Draw {found.quorum} clients per round with f = {found.quorum_byzantine}, or set cache = true" in found.words
+    )
     assert "f = 4 holds among all 40" in found.words
     again = advise(40, found.quorum, 4)
     assert (again.kept, again.cached) == (True, False)
 
 
 @pytest.mark.parametrize(
+    ("numbers", "risk", "words"),
+    [
+        ((1000, 50, 100), 1e-3, "f = 12 keeps the risk of 0.001; so few as 22 clients per round, with f = 7, would do"),
+        ((100, 13, 4), 0.05, "f = 2 keeps the risk of 0.05; so few as 4 clients per round, with f = 1, would do"),
+        (
+            (100, 1, 4),
+            0.05,
+            "but withstands nobody; 'robust' withstands the hostile in 4 clients per round, with f = 1.",
+        ),
+        ((100, 4, 4), 0.05, "f = 1 keeps the risk of 0.05."),
+        ((100, 1, 0), 0.05, "f = 0 keeps the risk of 0.05."),
+    ],
+)
+def test_fewer_clients_are_named_with_the_f_that_belongs_to_them(
+    numbers: tuple[int, int, int], risk: float, words: str
+) -> None:
+    assert words in advise(*numbers, risk).words
+
+
+@pytest.mark.parametrize(
     ("numbers", "more", "sentence"),
     [
-        ((0, 1, 0), {}, "There are 0 clients; name 1 or more."),
+        ((0, 1, 0), {}, "There are 0 clients; name 1 to 10000"),
+        ((10**12, 10**5, 10**6), {}, "There are 1000000000000 clients; name 1 to 10000"),
+        ((20, 20, 10), {}, "'fltrust' withstands any number"),
         ((10, 11, 1), {}, "11 of 10 clients cannot be drawn; draw 1 to 10."),
         ((10, 0, 1), {}, "draw 1 to 10"),
         ((10, 5, -1), {}, "-1 hostile clients cannot be; name 0 to 4 of 10."),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fedge
 from fedge import experiment as experiments
@@ -243,6 +244,10 @@ def always(experiment, dataset):
 def fail(weights, task, shard):
     raise ValueError("no [camera]")
 
+def later(experiment, dataset):
+    calls = iter(range(99))
+    return FunctionTrainer(np.zeros(3), lambda weights, *_: fail(*_, 0) if next(calls) > 3 else weights)
+
 def first(experiment, dataset):
     failing = iter([True])
     return FunctionTrainer(np.zeros(3), lambda weights, *_: fail(*_, 0) if next(failing, False) else weights)
@@ -270,6 +275,34 @@ def test_a_run_whose_clients_all_fail_is_an_error_with_its_folder_written(
     assert "no [camera]" in summary["failures"]
 
 
+def test_a_run_whose_clients_are_all_shut_out_is_an_error_whatever_came_before(
+    broken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = "client.trainer=fedge_broken_trainer:later"
+    stop = "experiment.stop={ updates = 50 }"
+    code, out, err = call(capsys, "run", broken, "--quiet", "--out", "out", "--set", setting, "--set", stop)
+    assert (code, out) == (5, "")
+    assert err.startswith("error: All 2 clients were shut out after ")
+    assert fedge.load_run("out").summary["updates"] == 4
+
+
+def test_a_starved_run_says_why_in_error_line_and_summary(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data.partition.clients=8", "server.aggregator={ kind = 'bulyan', byzantine = 1 }"]
+    plan = [word for setting in words for word in ("--set", setting)]
+    attack = ["--set", "simulation.attack={ kind = 'nan', clients = 2 }"]
+    why = "'bulyan' with byzantine = 1 needs 7 clients in a group, and 6 are left; set byzantine to at most 0"
+    code, _, err = call(capsys, "run", small, "--quiet", "--out", "one", *plan, *attack)
+    assert code == 5
+    assert f"error: No version came of this run, since {why}" in err
+    assert "note: simulation.attack.clients is 2, and server.aggregator withstands byzantine = 1 only" in err
+    summary = fedge.load_run("one").summary
+    assert why in summary["starved"]
+    assert summary["remarks"][0].startswith("simulation.attack.clients is 2")
+    leave = ["--set", "simulation.network={ drop_out = 0.25, drop_out_by_s = 0.001 }"]
+    code, out, _ = call(capsys, "run", small, "--quiet", "--out", "two", *plan, *leave)
+    assert why in out
+
+
 def test_a_run_with_a_failure_says_so(broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "run", broken, "--out", "out", "--set", "client.trainer=fedge_broken_trainer:first")
     assert code == 0
@@ -293,6 +326,7 @@ def test_a_run_with_a_failure_says_so(broken: Path, capsys: pytest.CaptureFixtur
         (["run", "small.toml", "--bogus"], 2, "USAGE"),
         (["run"], 2, "USAGE"),
         (["runn"], 2, "USAGE"),
+        (["compare", ".", "--target", "2"], 2, "BAD_EXPERIMENT"),
         (["report", "nowhere"], 2, "BAD_EXPERIMENT"),
         (["compare", "nowhere"], 2, "BAD_EXPERIMENT"),
         (["serve", "small.toml", "--listen", "0.0.0.0:0"], 6, "ADDRESS"),
@@ -323,6 +357,11 @@ def test_an_error_is_one_line_or_one_object(
     assert error["help"] == f"docs/errors.md#{reason.lower()}"
     page = Path(__file__).parents[1] / "docs" / "errors.md"
     assert f"\n### {reason}\n" in page.read_text("utf-8")
+
+
+def test_a_command_is_suggested_once(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "robust", "advice")
+    assert (code, err.count("Did you mean 'advise'?")) == (2, 1)
 
 
 def wait_for(path: Path, text: str, seconds: float = 60) -> None:
@@ -407,7 +446,7 @@ def test_who_is_refused_on_joining_leaves_no_ghost(tmp_path: Path, setting: str,
             with pytest.raises(ExperimentError, match=sentence):
                 await asyncio.to_thread(device, made.address)
             states = await made.coordinator.ask(lambda machine: [one.state for one in machine.clients.values()])
-            assert states == ["absent"]
+            assert states == []
 
     asyncio.run(scenario())
 
@@ -478,6 +517,18 @@ def test_an_experiment_of_built_in_parts_may_be_offered() -> None:
 def test_aggregate_is_any_rule_on_any_rows() -> None:
     np.testing.assert_allclose(fedge.aggregate([[1, 2], [3, 6]]), [2, 4])
     np.testing.assert_allclose(fedge.aggregate(np.array([[1, 2], [3, 6]]), weights=[3, 1]), [1.5, 3])
+    np.testing.assert_allclose(fedge.aggregate(torch.ones(3, 2)), [1, 1])
+
+
+def test_aggregate_takes_the_integers_of_numpy() -> None:
+    rows = [[0.0], [1.0], [9.0]]
+    assert fedge.aggregate(rows, "median", np.int64(1), seed=np.uint8(3)) == [1.0]
+
+
+def test_the_root_of_fltrust_is_the_index_of_a_row_also_where_others_are_set_aside() -> None:
+    rows = np.array([[np.nan, 0], [4, 0], [0, 2], [1, 0]])
+    for root, wanted in ((1, [4, 0]), (2, [0, 2]), (np.int64(3), [1, 0])):
+        np.testing.assert_allclose(fedge.aggregate(rows, "fltrust", byzantine=1, root=root), wanted)
 
 
 @pytest.mark.parametrize(
@@ -485,12 +536,44 @@ def test_aggregate_is_any_rule_on_any_rows() -> None:
     [
         ([1.0, 2.0], {}, "rows has shape"),
         ([], {}, "rows has shape"),
-        ([["a"]], {}, "rows must be numbers"),
+        ([["a"]], {}, "rows must be real numbers"),
         ([[float("nan")]], {}, "NaN"),
         ([[1.0]], {"weights": [1, 2]}, "weights must be 1 numbers"),
         ([[1.0]], {"weights": [-1]}, "weights must be 1 numbers"),
         ([[1.0]], {"kind": "meen"}, "did you mean 'mean'"),
         ([[1.0]], {"f": 1}, "has no such setting"),
+        ([[1.0]], {"weights": ["a"]}, "weights must be 1 numbers"),
+        ([[1.0]], {"weights": "abc"}, "weights must be 1 numbers"),
+        ([[1.0]], {"weights": [1j]}, "weights must be 1 numbers"),
+        ([[1.0 + 2j]], {}, "rows must be real numbers"),
+        (np.array([[1.0 + 2j]]), {}, "rows must be real numbers"),
+        ([["1"]], {}, "rows must be real numbers"),
+        ([[1.0], [2.0, 3.0]], {}, "rows must be real numbers"),
+        (torch.ones(3, 2, requires_grad=True), {}, r"give detach\(\)"),
+        ([[1e300]], {}, "1 of 1 rows hold NaN, infinite or overflowing"),
+        ([[10**400]], {}, "rows must be real numbers"),
+        ([[1.0]], {"pre": 3}, r'pre is a list, as in pre = \["nnm"\], not 3'),
+        ([[1.0]], {"pre": "nnm"}, "pre is a list"),
+        ([[1.0]], {"byzantine": 0.0}, "byzantine must be a whole number, not 0.0"),
+        ([[1.0]], {"byzantine": ""}, "byzantine must be a whole number"),
+        ([[1.0]], {"byzantine": True}, "byzantine must be a whole number"),
+        ([[1.0]], {"seed": "x"}, "seed must be a whole number"),
+        ([[1.0]], {"kind": "median", "cache": True}, "cache acts from one group of rows to the next"),
+        ([[1.0]], {"kind": "median", "momentum": 0.9}, "momentum acts from one group"),
+        (
+            [[1.0]] * 5,
+            {"kind": "multi-krum", "byzantine": 4},
+            "needs 11 rows, and there are 5; set byzantine to at most 1",
+        ),
+        (
+            [[1.0]] * 5,
+            {"kind": "bulyan", "byzantine": 1, "pre": ["nnm"]},
+            "set byzantine to at most 0, or give at least 7",
+        ),
+        ([[1.0]] * 5, {"kind": "local-clipping", "byzantine": 7}, "lacks 10 more rows.*byzantine to at most 2"),
+        ([[1.0]] * 5, {"kind": "fltrust"}, "'fltrust' needs root, the index of the trusted row: 0 to 4"),
+        ([[1.0]] * 5, {"kind": "fltrust", "root": 5}, "0 to 4"),
+        ([[1.0], [float("nan")]], {"kind": "fltrust", "root": 1, "byzantine": 1}, "its root, holds NaN"),
     ],
 )
 def test_aggregate_refuses_what_does_not_fit(rows: Any, settings: dict[str, Any], sentence: str) -> None:

@@ -19,6 +19,7 @@ from fedge.protos import wire
 from fedge.server.coordinator import replay, serve
 from fedge.server.machine import Stop
 from fedge.server.machine.events import Record
+from fedge.strategies import aggregators
 from fedge.strategies.contracts import Arrived, Fleet
 from fedge.strategies.schedulers.fedasync import FedAsync
 from tests.coordinator_fixture import LIMITS, SIZE, Peer, Room, delta_of, initial, plan, reason, room
@@ -543,5 +544,18 @@ def test_a_broken_strategy_ends_the_run_with_its_name(tmp_path: Path) -> None:
         with pytest.raises(StrategyError, match="Broken"):
             await running
         await peer.channel.close()
+
+    asyncio.run(scenario())
+
+
+def test_status_says_that_groups_are_held_and_for_how_many(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        rule = aggregators.build({"kind": "median", "byzantine": 1})
+        async with room(tmp_path, replace(plan(clients=3), aggregator=rule, scheduler=FedAsync())) as made:
+            peer = made.peer("one")
+            await peer.join()
+            await peer.upload(await peer.task())
+            reply = await peer.stub.Status(pb.StatusRequest())
+            assert dict(reply.metrics) == {"held_groups": 1.0, "clients_missing": 2.0}
 
     asyncio.run(scenario())

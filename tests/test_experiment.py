@@ -106,6 +106,47 @@ def test_another_kind_starts_from_its_own_settings_but_keeps_the_clients() -> No
     assert read(text, "server.scheduler.kind=compass").server.scheduler["alpha"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        (["kind=robust"], {"kind": "robust", "byzantine": 2, "momentum": 0.5, "cache": True}),
+        (["kind=bulyan", "byzantine=1"], {"kind": "bulyan", "byzantine": 1, "momentum": 0.5, "cache": True}),
+        (["byzantine=1", "kind=bulyan"], {"kind": "bulyan", "byzantine": 1, "momentum": 0.5, "cache": True}),
+        (["kind=local-clipping"], {"kind": "local-clipping", "byzantine": 2}),
+        (["kind=mean"], {"kind": "mean"}),
+    ],
+    ids=str,
+)
+def test_another_aggregator_withstands_as_many(overrides: list[str], kept: dict[str, Any]) -> None:
+    text = """
+    [server]
+    aggregator = { kind = "gas", byzantine = 2, momentum = 0.5, cache = true, splits = 9, pre = ["nnm"] }
+    """
+    found = experiments.parse(text, [f"server.aggregator.{one}" for one in overrides])
+    assert found.server.aggregator == kept
+
+
+def test_a_kind_kept_its_f_is_refused_where_that_is_too_many() -> None:
+    text = (
+        "[data]\npartition = { kind = 'iid', clients = 8 }\n[server]\naggregator = { kind = 'median', byzantine = 2 }"
+    )
+    said = refusal(text, "server.aggregator.kind=bulyan")
+    assert (
+        "'bulyan' with byzantine = 2 needs 11 clients at once, and there are 8 clients; set byzantine to at most 1"
+        in said
+    )
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+def test_a_kind_is_text_even_where_it_reads_like_a_number(kind: str) -> None:
+    attack = read("", f"simulation.attack.kind={kind}", "simulation.attack.clients=3").simulation.attack
+    assert attack is not None
+    assert (attack["kind"], attack["clients"]) == (kind, 3)
+    assert f'simulation.attack.kind: a kind is text; write "{kind}", in quotes.' == refusal(
+        f"[simulation]\nattack = {{ kind = {kind} }}"
+    )
+
+
 def test_overrides_are_toml_or_text() -> None:
     found = read("", "experiment.seed=3", "experiment.name = plain", "experiment.stop.target=0.5", "client.hooks=[]")
     assert (found.experiment.seed, found.experiment.name, found.experiment.stop.target) == (3, "plain", 0.5)
@@ -121,23 +162,31 @@ def test_overrides_are_toml_or_text() -> None:
         ("[clinet]", "The experiment file has no section 'clinet'; did you mean 'client'?"),
         ("[experiment.stop]\nupdate = 3", "[experiment.stop] has no key 'update'; did you mean 'updates'?"),
         ("[deploy.limits]\nlease = 3", "[deploy.limits] has no key 'lease'; did you mean 'lease_s'?"),
-        ("[client]\nbatch_size = 'x'", "[client] batch_size: expected an integer, got text."),
-        ("[client]\nbatch_size = 0", "[client] batch_size: expected an integer >= 1."),
-        ("client = 3", "[client]: expected a table, got an integer."),
-        ("[experiment]\nstop = { target = 1.5 }", "[experiment] stop.target: expected a number <= 1.0."),
-        ("[experiment]\nstop = { target = 0 }", "[experiment] stop.target: expected a number > 0.0."),
-        ("[experiment]\nstop = { seconds = -1 }", "[experiment] stop.seconds: expected a number > 0.0."),
-        ("[experiment]\nname = '../up'", "[experiment] name: expected 1 to 64 letters, digits, '.', '_' or '-', begin"),
-        ("[simulation]\njitter = nan", "[simulation] jitter must be finite, not nan."),
+        ("[client]\nbatch_size = 'x'", "client.batch_size: expected an integer, got text."),
+        ("[client]\nbatch_size = 0", "client.batch_size: expected an integer >= 1."),
+        ("client = 3", "client: expected a table, got an integer."),
+        ("[experiment]\nstop = { target = 1.5 }", "experiment.stop.target: expected a number <= 1.0."),
+        ("[experiment]\nstop = { target = 0 }", "experiment.stop.target: expected a number > 0.0."),
+        ("[experiment]\nstop = { seconds = -1 }", "experiment.stop.seconds: expected a number > 0.0."),
+        ("[experiment]\nname = '../up'", "experiment.name: expected 1 to 64 letters, digits, '.', '_' or '-', begin"),
+        ("[simulation]\njitter = nan", "simulation.jitter must be finite, not nan."),
         ("[simulation]\nnetwork = { up_s = 3 }", "outages need both up_s and down_s"),
-        ("[deploy]\nlimits = { lease_s = 0 }", "[deploy] limits.lease_s is 0.0; a limit must be above 0."),
-        ("[report]\nto = ['tensorbord']", "[report] to: no tracker 'tensorbord'; did you mean 'tensorboard'?"),
-        ("[server]\nscheduler = 'compass'", "[server] scheduler: expected a table, got text."),
+        ("[deploy]\nlimits = { lease_s = 0 }", "deploy.limits.lease_s is 0.0; a limit must be above 0."),
+        ("[report]\nto = ['tensorbord']", "report.to: no tracker 'tensorbord'; did you mean 'tensorboard'?"),
+        (
+            "[server]\nscheduler = 'compass'",
+            'server.scheduler: expected a table, got text; write scheduler = { kind = "compass" }.',
+        ),
+        (
+            "[simulation]\nattack = 'alie'",
+            'simulation.attack: expected a table, got text; write attack = { kind = "alie" }.',
+        ),
+        ("[simulation]\nnetwork = 'slow'", "simulation.network: expected a table, got text."),
         (
             "[server]\nscheduler = { kind = 'compass', min_steps = 'x' }",
             "server.scheduler.min_steps: expected an integer, got text.",
         ),
-        ("[server]\nselector = 3", "[server] selector: expected a table or nothing, got an integer."),
+        ("[server]\nselector = 3", "server.selector: expected a table, got an integer."),
         ("[server]\noptimizer = { kind = 'sdg' }", "server.optimizer: no kind 'sdg'"),
         ("[server]\nweigher = { kind = 'sdg' }", "server.weigher: no kind 'sdg'"),
         ("[server]\nstaleness = { kind = 'sdg' }", "server.staleness: no kind 'sdg'"),
@@ -152,6 +201,37 @@ def test_overrides_are_toml_or_text() -> None:
         ("[client]\nhooks = [{ kind = 'fedprox', mu = -1 }]", "mu"),
         ("[server]\nscheduler = { alpha = 1 }", "needs kind = one of"),
         ("[data]\npartition = { kind = 'iid', clients = 0 }", "must be at least 1"),
+        ("[data]\npartition = { kind = 'natural' }", "data.partition.column: is needed, and was left out."),
+        ("[server]\naggregator = { kind = 'median', byzantin = 2 }", "did you mean 'byzantine'?"),
+        ("[server]\naggregator = { kind = 'median', xy = 2 }", "known: byzantine, cache, momentum, pre."),
+        (
+            "[server]\naggregator = { kind = 'median', pre = [{ kind = 'nnm', k = 2 }] }",
+            "'nnm' has no such setting; it has none.",
+        ),
+        ("[server]\naggregator = { kind = 'robus' }", "no kind 'robus'; did you mean 'robust'?"),
+        ("[server]\naggregator = { byzantine = 2 }", "dnc, dnc-paper, flag, flag-paper,"),
+        (
+            "[server]\naggregator = { kind = 'robust', size = 2 }",
+            "server.aggregator.size: 'robust' has no such setting",
+        ),
+        ("[server]\naggregator = { kind = 'gas', base = 'nope' }", "server.aggregator.base: no kind 'nope'"),
+        (
+            "[server]\naggregator = { kind = 'bulyan', selection = 'foo' }",
+            "server.aggregator.selection: must be one of 'iterative', 'multi-krum', not 'foo'.",
+        ),
+        (
+            "[server]\naggregator = { kind = 'median', pre = [{ kind = 'clip', factor = 'x' }] }",
+            "server.aggregator.pre.clip.factor: expected a number, got text.",
+        ),
+        ("[simulation]\nattack = { kind = 'nan', client = 2 }", "'nan' has no such setting; did you mean 'clients'?"),
+        (
+            "[simulation]\nattack = { kind = 'nan', faster = 'x' }",
+            "simulation.attack.faster: expected a number, got text.",
+        ),
+        (
+            "[simulation]\nattack = { kind = 'nan', clients = ['client-001'] }",
+            "who are drawn by the seed and cannot be named",
+        ),
         ("this is not toml", "The experiment file is not TOML: "),
     ],
 )
@@ -200,6 +280,35 @@ def test_what_cannot_work_is_refused_with_the_reason(
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert sentence in refusal("", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "sentence"),
+    [
+        (
+            "{ kind = 'robust', byzantine = 3 }",
+            "server.aggregator 'robust' with byzantine = 3 needs 10 clients at once, and there are 8 clients;",
+        ),
+        ("{ kind = 'robust', byzantine = 3 }", "set byzantine to at most 2, or"),
+        ("{ kind = 'median', byzantine = 1000000000 }", "set byzantine to at most 3, or"),
+        (
+            "{ kind = 'caf', byzantine = 2, pre = ['basgd'] }",
+            "'caf' behind basgd with byzantine = 2 needs 10 clients at once, and there are 8 clients; leave out pre,",
+        ),
+        ("{ kind = 'bulyan', byzantine = 0, pre = ['basgd'] }", "leave out pre, without which it needs 3, or"),
+    ],
+)
+def test_a_rule_for_more_clients_than_there_are_is_refused_with_what_would_do(aggregator: str, sentence: str) -> None:
+    iid = "[data]\npartition = { kind = 'iid', clients = 8 }"
+    said = refusal(f"{iid}\n[server]\nscheduler = {{ kind = 'fedavg' }}\naggregator = {aggregator}")
+    assert sentence in said
+
+
+def test_a_rule_that_all_clients_are_too_few_for_is_refused_with_what_would_do() -> None:
+    table = {"kind": "local-clipping", "byzantine": 7}
+    names = build.client_names(8)
+    said = build._never_runs(table, names, "7 more clients")
+    assert "set byzantine to at most 3, or take more clients; clients are client-000 to client-007." in said
 
 
 @pytest.mark.parametrize("override", ["seed=3", "experiment.seed", "=3", "experiment.name.x=3", ".a=3"])
@@ -307,7 +416,7 @@ def test_what_has_no_place_in_toml_is_refused() -> None:
 
 def test_the_page_lists_every_key_with_its_default() -> None:
     page = (ROOT / "docs" / "experiment.md").read_text("utf-8")
-    rows = dict(re.findall(r"^\| `([a-z_.]+)` \| (.+?) \|", page, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \| (.+?) \|", page, re.MULTILINE))
     assert rows == {path: _shown(default) for path, default in experiments.keys().items()}
 
 

@@ -24,6 +24,8 @@ from fedge.server.machine.events import (
     Ticked,
 )
 from fedge.strategies import aggregators
+from fedge.strategies.aggregators.mean import Mean
+from fedge.strategies.aggregators.robust import Robust
 from fedge.strategies.contracts import Keep, Train
 from fedge.strategies.optimizers import OPTIMIZERS
 from fedge.strategies.schedulers import SCHEDULERS
@@ -232,6 +234,88 @@ def test_a_run_whose_rule_can_never_be_satisfied_ends_as_starved():
         assert not table.machine.finished
         table.deliver("a", float(now))
     assert table.machine.finished == "starved"
+
+
+def test_who_left_for_good_is_not_waited_for_and_the_end_says_what_was_needed():
+    table = Table(one_by_one())
+    table.join("a", "b", "c")
+    table.feed(Left(1.0, "a", "gone"))  # may come back
+    assert not table.machine.finished
+    table.feed(Left(2.0, "a", "gone", for_good=True))
+    assert table.effects[-1].values == {"reason": "starved", "needs": 3, "left": 2}
+
+    table = Table(one_by_one())
+    table.join("a", "b", "c")
+    table.deliver("a", 1.0)
+    table.feed(Left(2.0, "a", "gone", for_good=True))
+    assert not table.machine.finished  # its row is here, and the others may bring theirs
+    table.deliver("b", 3.0)
+    table.deliver("c", 4.0)
+    assert table.machine.broadcast.version == 1
+    table.deliver("b", 5.0)
+    assert table.machine.finished == "starved"  # the next group will not have it
+
+
+def test_groups_that_bring_no_new_client_are_soon_too_many_but_who_never_came_is_waited_for():
+    table = Table(replace(one_by_one(), limits=Limits(max_held_unchanged=3)))
+    table.join("a", "b")
+    for now in range(1, 9):
+        table.deliver("a", float(now))
+        assert not table.machine.finished
+    table.join("c", now=9.0)
+    for now in range(10, 13):
+        table.deliver("a", float(now))
+    assert not table.machine.finished
+    assert table.machine.held == (11, 2)
+    table.deliver("b", 13.0)  # somebody new: it counts anew
+    for now in range(14, 17):
+        assert not table.machine.finished
+        table.deliver("a", float(now))
+    table.deliver("a", 17.0)
+    assert table.machine.finished == "starved"
+
+
+@pytest.mark.parametrize(
+    ("gives", "says"),
+    [
+        (lambda found: 1 / 0, r"Own.coefficients\(\) raised ZeroDivisionError"),
+        (lambda found: found[:1], r"Own.coefficients\(\) gave float64 of shape \(1,\); give numbers of shape \(3,\)"),
+        (lambda found: "much", r"Own.coefficients\(\) gave"),
+        (lambda found: None, r"Own.coefficients\(\) gave object"),
+        (lambda found: found * np.nan, r"Own.coefficients\(\) gave NaN or infinite values"),
+        (
+            lambda found: found * 1e30,
+            r"Own made an aggregate of norm inf where all updates together may have 3e\+08",
+        ),
+    ],
+)
+def test_a_rule_that_breaks_is_named_and_blames_no_client(gives, says):
+    class Own:
+        honours_weights = True
+
+        def least(self, byzantine):
+            return 3
+
+        def coefficients(self, evidence):
+            return gives(evidence.weights)
+
+    table = Table(replace(one_by_one(), aggregator=Robust(Own())))
+    table.join("a", "b", "c")
+    table.deliver("a", 1.0)
+    table.deliver("b", 2.0)
+    with pytest.raises(StrategyError, match=says):
+        table.deliver("c", 3.0)
+
+
+def test_a_whole_aggregator_that_breaks_is_named():
+    class Own(Mean):
+        def finish(self, state, clients, memory, seed):
+            return super().finish(state, clients, memory, seed) if clients == "never" else None
+
+    table = Table(federation(aggregator=Own(), expected=1))
+    table.join("a")
+    with pytest.raises(StrategyError, match="Own raised AttributeError"):
+        table.deliver("a", 1.0)
 
 
 def test_the_last_rows_of_absent_clients_stand_in_for_them():

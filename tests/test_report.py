@@ -445,12 +445,43 @@ def test_compare_holds_all_runs_to_the_lowest_target_and_the_fastest(tmp_path: P
     assert [row.best_accuracy for row in found.rows] == [0.85, 0.8, 0.5]
     assert [row.updates for row in found.rows] == [2, 3, 1]
     assert [row.bytes_total for row in found.rows] == [250, 350, 150]
-    assert found.rows[2].cells() == ("slow", "fedasync", "-", "-", "50.00%", "1", "150 B", "-")
+    assert found.cells[2] == ("slow", "fedasync", "-", "-", "50.00%", "1", "150 B", "-")
     assert found.plot.read_bytes().startswith(b"\x89PNG")
     text = Page(found.page.read_text("utf-8")).text
     assert "two" in text
     assert "2.50" in text
     assert len(found.rows[0].cells()) == len(report.HEADS)
+
+
+def test_runs_that_differ_in_their_rule_and_attack_are_told_apart(tmp_path: Path) -> None:
+    rules = {
+        "one": '{ kind = "mean" }',
+        "two": '{ kind = "median", byzantine = 2 }',
+        "three": '{ kind = "caf", byzantine = 1, pre = [{ kind = "norm-filter" }, "clip"] }',
+    }
+    for name, rule in rules.items():
+        folder = run_folder(tmp_path / name, name, "fedavg", [(10, 0.3)], None)
+        with (folder / "experiment.toml").open("a") as file:
+            file.write(f"[server]\naggregator = {rule}\n")
+            file.write('[simulation]\nattack = { kind = "alie", clients = 2 }\n' if name != "one" else "")
+    verdicts = {"a": {"judged": 3, "rejected": 3}, "b": {"judged": 3, "rejected": 0}, "c": "damaged"}
+    (tmp_path / "two" / "summary.json").write_text(json.dumps({"name": "two", "held": 1200, "verdicts": verdicts}))
+    found = report.compare([tmp_path / name for name in rules], tmp_path / "out")
+    assert found.heads[8:] == ("aggregator", "f", "attack", "held", "rejected")
+    assert [cells[8:] for cells in found.cells] == [
+        ("mean", "-", "-", "-", "-"),
+        ("median", "2", "alie x 2", "1,200", "50%"),
+        ("caf behind norm-filter, clip", "1", "alie x 2", "-", "-"),
+    ]
+    assert "caf behind norm-filter, clip" in Page(found.page.read_text("utf-8")).text
+
+
+@pytest.mark.parametrize("target", [2, -1, 0, float("nan")])
+def test_a_target_that_is_no_accuracy_is_refused(tmp_path: Path, target: float) -> None:
+    folder = run_folder(tmp_path / "one", "a", "fedavg", [(10, 0.3)], 0.8)
+    with pytest.raises(ExperimentError, match="is no accuracy; give one above 0 and at most 1"):
+        report.compare([folder], tmp_path / "out", target=target)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_target_of_ones_own_comes_before_those_of_the_runs(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 import fedge
 from fedge.core import state as codec
-from fedge.core.errors import ExperimentError
+from fedge.core.errors import ExperimentError, StrategyError
 from fedge.strategies import aggregators
 from fedge.strategies.aggregators import AGGREGATORS, robust
-from fedge.strategies.aggregators.robust import Memory, Rows
+from fedge.strategies.aggregators.robust import Memory, Robust, Rows
 
 F, N = 2, 13  # enough rows for every rule: Bulyan needs 4 f + 3
 SIZE = 3001
@@ -273,3 +273,31 @@ def test_whom_others_are_compared_with_is_not_judged():
 def test_a_mean_with_something_in_front_keeps_its_rows():
     assert aggregators.build({"kind": "mean"}).associative
     assert not aggregators.build({"kind": "mean", "pre": ["clip"]}).associative
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({"least": lambda _, f: "three"}, r"Own.least\(\) gave 'three'; give a whole number of rows"),
+        ({"least": lambda _, f: 1 / 0}, r"Own.least\(\) raised ZeroDivisionError"),
+        (
+            {"reduce": lambda _, columns, f, w: np.zeros(3)},
+            r"Own.reduce\(\) gave float64 of shape \(3,\); give .* \(5,\)",
+        ),
+        ({"reduce": lambda _, columns, f, w: 1 / 0}, r"Own.reduce\(\) raised ZeroDivisionError"),
+        ({"reduce": lambda _, columns, f, w: columns[:, 0] * np.inf}, r"Own.reduce\(\) gave NaN or infinite"),
+        ({"mix": lambda _, evidence: (np.eye(2), np.ones(2))}, r"Own.mix\(\) gave float64 of shape \(2, 2\)"),
+        ({"mix": lambda _, evidence: 7}, r"Own.mix\(\) raised TypeError"),
+    ],
+)
+def test_a_rule_of_ones_own_that_breaks_is_named(own, says):
+    sound = {"honours_weights": False, "least": lambda _, f: 1, "reduce": lambda _, columns, f, w: columns[:, 0]}
+    rule = Robust(type("Own", (), sound | own)())
+    rows = np.ones((4, 5), np.float32)
+
+    def group():
+        rule.min_rows()
+        return rule.finish(rule.of(rows, np.ones(4)), list("abcd"), rule.memory(), 0)
+
+    with pytest.raises(StrategyError, match=says):
+        group()

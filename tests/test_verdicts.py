@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from fedge import experiment as experiments
 from fedge import report, runs
+from fedge.experiment import Stop
+from fedge.progress import Progress
 from fedge.report import verdicts
 from fedge.report.files import load
 from fedge.report.style import context
@@ -74,6 +76,41 @@ def test_held_groups_and_superseded_rows_are_counted() -> None:
     assert (tally.summary()["held"], tally.summary()["superseded"]) == (2, 1)
 
 
+def test_a_starved_run_says_rule_need_and_who_is_left() -> None:
+    tally = Tally(rule={"kind": "bulyan", "byzantine": 1})
+    tally.record(Record(1.0, "finished", {"reason": "starved", "needs": 7, "left": 6}))
+    assert tally.summary()["starved"] == (
+        "'bulyan' with byzantine = 1 needs 7 clients in a group, and 6 are left; set byzantine to at most 0, or have "
+        "more clients take part"
+    )
+    tally = Tally(rule={"kind": "median", "byzantine": 1})
+    for _ in range(2):
+        tally.record(Record(1.0, "held", {"pools": ("p",), "rows": 2, "missing": "1 more clients"}))
+    assert tally.waiting == "2 groups in a row, the last lacks 1 more clients"
+    tally.record(Record(1.0, "finished", {"reason": "starved", "needs": 3, "left": 3}))
+    assert "held 2 groups in a row, the last lacks 1 more clients; 3 clients are left" in tally.summary()["starved"]
+
+
+def test_groups_that_are_held_are_on_the_last_line_and_in_the_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    tally = tallied(group(1, {"client": "a"}))
+    tally.record(Record(1.0, "held", {"pools": ("p",), "rows": 2, "missing": "1 more clients"}))
+    cli._report(runs.Run(experiments.parse(""), {**tally.summary(), "finished": "updates"}, {}), False)
+    assert "1 versions, 1 updates, 1 groups held (updates)" in capsys.readouterr().out
+    progress = Progress("", Stop())
+    progress.begin(tally)
+    assert ("held", "1 groups in a row, the last lacks 1 more clients") in progress._rows({})
+
+
+def test_accepted_updates_are_those_of_all_clients() -> None:
+    tally = Tally()
+    for client in "aab":
+        tally.record(Record(1.0, "arrived", {"client": client, "staleness": 0}))
+    tally.record(Record(2.0, "superseded", {"client": "a", "task": "t"}))
+    tally.record(Record(2.0, "aggregated", group(1, {"client": "a"}, {"client": "b"})))
+    found = tally.summary()
+    assert found["accepted"] == sum(found["updates_by_client"].values()) == found["updates"] + found["superseded"] == 3
+
+
 @given(st.integers(1, 40), st.integers(0, 40))
 def test_always_rejected_is_nine_in_ten_of_at_least_five(judged: int, rejected: int) -> None:
     rejected = min(judged, rejected)
@@ -89,6 +126,23 @@ def test_many_unheard_are_named_worst_first_and_cut_off() -> None:
     words = tallied(*groups).unheard
     assert words.startswith("always rejected: c00 (9 of 9), c01 (5 of 5), ")
     assert words.endswith("c09 (5 of 5) and 4 more")
+
+
+@pytest.mark.parametrize(
+    ("attack", "hostile", "words"),
+    [
+        ("alie", ["a", "b"], "always rejected, all hostile: a (5 of 5), b (5 of 5)"),
+        ("alie", ["b", "c"], "always rejected: a (5 of 5, honest), b (5 of 5)"),
+        ("none", ["a", "b"], "always rejected: a (5 of 5), b (5 of 5)"),
+    ],
+)
+def test_a_simulation_says_whether_the_rejected_are_hostile(attack: str, hostile: list[str], words: str) -> None:
+    tally = Tally()
+    tally.record(Record(0.0, "hostile", {"clients": hostile, "attack": attack}))
+    for version in range(1, ENOUGH + 1):
+        tally.record(Record(1.0, "aggregated", group(version, row("a", True), row("b", True), row("c", False))))
+    assert tally.unheard == words
+    assert tally.summary().get("hostile") == (None if attack == "none" else hostile)
 
 
 def test_the_command_says_who_was_always_rejected(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fedge
-from fedge.report import HEADS, compare
+from fedge.report import compare
 
 EXPERIMENT = Path(__file__).with_name("experiment.toml")
 KINDS = ("fedavg", "fedasync", "fedbuff", "fedat", "compass")
@@ -30,9 +30,10 @@ def main() -> None:
         run = fedge.simulate(fedge.load_experiment(EXPERIMENT, settings), options.out / kind)
         print(f"{kind}: {run.summary['updates']} updates, {run.summary['wall_s']:.0f} s of computing", flush=True)
     found = compare([options.out / kind for kind in KINDS], options.out)
-    table = Table(*HEADS, box=None, title=f"to {found.target:.0%} accuracy; the times are those of simulated devices")
-    for row in found.rows:
-        table.add_row(*row.cells())
+    title = f"to {found.target:.0%} accuracy; the times are those of simulated devices"
+    table = Table(*found.heads, box=None, title=title)
+    for cells in found.cells:
+        table.add_row(*cells)
     Console(width=110).print(table)
     print(found.page)
 

@@ -76,10 +76,19 @@ class Service(fedge_pb2_grpc.CoordinatorServicer):
 
     @answers
     async def Join(self, request: pb.JoinRequest, _: Context) -> pb.JoinReply:  # noqa: N802 -- as in fedge.proto
-        """Become, or become again, a member."""
+        """Become, or become again, a member. Who names neither a model nor examples only hears the terms."""
         wire.check_join(request, self.limits)
         who, hub = request.sender, self._coordinator
         layout = hub.federation.layout.hash
+        terms = pb.JoinReply(
+            run_id=hub.run_id,
+            layout_hash=layout,
+            chunk_bytes=self.limits.chunk_bytes,
+            stream_timeout_s=self.limits.stream_timeout_s,
+            experiment=hub.experiment_text,
+        )
+        if not request.layout_hash and not request.examples:
+            return terms  # it only wants to know what the run is about
         if request.layout_hash not in ("", layout):
             raise ModelError("The client's model differs from the coordinator's; use the same factory on both sides.")
         session = hub.sessions.find(who.client)
@@ -92,13 +101,7 @@ class Service(fedge_pb2_grpc.CoordinatorServicer):
             hub.sessions.admit(who.client, who.incarnation)
         else:
             session.touch()
-        return pb.JoinReply(
-            run_id=hub.run_id,
-            layout_hash=layout,
-            chunk_bytes=self.limits.chunk_bytes,
-            stream_timeout_s=self.limits.stream_timeout_s,
-            experiment=hub.experiment_text,
-        )
+        return terms
 
     @answers
     async def Leave(self, request: pb.LeaveRequest, _: Context) -> pb.Empty:  # noqa: N802
@@ -119,7 +122,9 @@ class Service(fedge_pb2_grpc.CoordinatorServicer):
             pb.ClientStatus(client=client, state=record.state, updates=record.updates, refused=record.refused)
             for client, record in machine.clients.items()
         ]
+        held, missing = machine.held
         return pb.StatusReply(
+            metrics={"held_groups": held, "clients_missing": missing} if held else {},
             run_id=self._coordinator.run_id,
             version=machine.broadcast.version,
             updates=machine.updates,

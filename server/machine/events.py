@@ -41,11 +41,12 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A client has gone."""
+    """A client has gone; `for_good` where it is known never to come back."""
 
     now: float
     client: str
     reason: str = "left"
+    for_good: bool = False
 
 
 @dataclass(frozen=True, slots=True)

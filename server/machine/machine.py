@@ -27,7 +27,7 @@ from fedge.core.errors import (
 from fedge.core.params import Array, Vector
 from fedge.core.random import derive, token
 from fedge.core.task import DELTA, Broadcast, Task, Update
-from fedge.server.machine import pools, state
+from fedge.server.machine import pools, starving, state
 from fedge.server.machine.events import (
     Ack,
     Arrived,
@@ -47,12 +47,12 @@ from fedge.server.machine.events import (
     WakeAt,
 )
 from fedge.server.machine.lifecycles import CLIENT, POOL, TASK, advance
+from fedge.server.machine.starving import HELD
 from fedge.server.machine.state import ClientRecord, Federation, State, TaskRecord
 from fedge.strategies import contracts as say
 from fedge.strategies.contracts import Arrival, Fleet, Group, Verdict
 from fedge.strategies.screen import screen
 
-HELD = "held"  # the pool of groups too small for the rule
 _VERDICTS = (say.Keep, say.Discard)
 
 
@@ -116,6 +116,11 @@ class Machine:
         return self._state.finished
 
     @property
+    def held(self) -> tuple[int, int]:
+        """Groups held since the last version, and how many more clients they wait for."""
+        return self._state.held_in_row, starving.missing(self._federation, self._state)
+
+    @property
     def now(self) -> float:
         """The time of the last event, in seconds."""
         return self._state.now
@@ -152,7 +157,7 @@ class Machine:
             case Failed():
                 self._on_failed(event)
             case Left():
-                self._on_left(event.client, event.reason)
+                self._on_left(event)
             case Evaluated():
                 self._on_evaluated(event)
             case Ticked():
@@ -172,7 +177,7 @@ class Machine:
             self._refuse(event.client, "", error)
         else:
             was = known.state
-            known.state = advance(CLIENT, was, "joined")
+            known.state, known.gone = advance(CLIENT, was, "joined"), False
             known.examples = self._fleet.examples[event.client] = event.examples
             records[event.client] = known
             if was != "training":
@@ -225,14 +230,18 @@ class Machine:
         self._record("failed", client=event.client, task=event.task_id, reason=event.reason)
         self._bring_nothing(event.task_id, "failed")
 
-    def _on_left(self, client: str, reason: str) -> None:
+    def _on_left(self, event: Left) -> None:
+        client = event.client
+        if event.for_good:
+            self._state.clients.setdefault(client, ClientRecord()).gone = True
         known = self._state.clients.get(client)
-        if known is None or known.state in ("absent", "evicted"):
-            return
-        awaited = self._part(client, "left")
-        self._record("left", client=client, reason=reason)
-        if awaited:
-            self._signal(say.Lost(client))
+        if known is not None and known.state not in ("absent", "evicted"):
+            awaited = self._part(client, "left")
+            self._record("left", client=client, reason=event.reason)
+            if awaited:
+                self._signal(say.Lost(client))
+        if event.for_good:
+            self._finish_if_starved()
 
     def _on_evaluated(self, event: Evaluated) -> None:
         self._record("evaluated", version=event.version, **event.metrics)
@@ -341,14 +350,11 @@ class Machine:
         self._effects.append(Refuse(client, task_id, error.reason, error.status, str(error)))
         self._record("refused", client=client, task=task_id, reason=error.reason, detail=str(error))
 
-    def _left(self) -> int:
-        """Clients that are there or may still come."""
-        known = self._state.clients.values()
-        return max(self._federation.expected, len(known)) - sum(one.state == "evicted" for one in known)
-
     def _expect(self) -> None:
         """Schedulers do not wait for who is shut out, nor keep a share of the step for them."""
-        self._fleet.expected = max(1, min(self._federation.expected, self._left()))
+        known, expected = self._state.clients.values(), self._federation.expected
+        there = max(expected, len(known)) - sum(one.state == "evicted" for one in known)
+        self._fleet.expected = max(1, min(expected, there))
 
     # ---- the scheduler and its orders ----------------------------------------------------------
 
@@ -411,6 +417,7 @@ class Machine:
 
     def _close(self, order: say.Close) -> say.Closed:
         plan, held = self._federation, self._state
+        before = {member.client for member in held.pools[HELD].members} if HELD in held.pools else set()
         found = [held.pools.pop(name) for name in (HELD, *order.pools) if name in held.pools]
         if not found:
             name = type(plan.scheduler).__name__
@@ -426,10 +433,14 @@ class Machine:
             held.pools[HELD] = whole
             self._record("held", pools=order.pools, rows=len(members), missing=missing)
             held.held_in_row += 1
+            waiting = len(held.clients) < plan.expected or {member.client for member in members} != before
+            held.unchanged = 0 if waiting else held.unchanged + 1
             self._finish_if_starved()
             return say.Closed(order.pools, members, 0.0)
         whole.state = advance(POOL, whole.state, "closed")
-        closing = pools.finish(whole, plan.aggregator, held.memory, derive(plan.seed, "aggregate", held.version))
+        longest = plan.limits.max_update_norm * len(held.clients)
+        seed = derive(plan.seed, "aggregate", held.version)
+        closing = pools.finish(whole, plan.aggregator, held.memory, seed, plan.layout.size, longest)
         held.memory = closing.memory
         group = Group(
             order.pools, members, tuple(whole.weights), closing.scale, plan.expected, verdicts=closing.verdicts
@@ -437,7 +448,7 @@ class Machine:
         vector, blobs = self._optimize(closing.aggregate, group)
         held.vector, held.blobs = vector, dict(blobs)
         held.version += 1
-        held.held_in_row = 0
+        held.held_in_row = held.unchanged = 0
         held.updates += len(members)
         self._fleet.version = held.version
         self._effects.append(Publish(self.broadcast))
@@ -472,17 +483,16 @@ class Machine:
                 return
 
     def _finish_if_starved(self) -> None:
-        """The rule will never have the clients it needs: too few are left, or it has waited too long for them."""
+        """The rule will never have the clients it needs."""
         plan, held = self._federation, self._state
-        needed = plan.aggregator.min_rows()
-        if (needed > 1 and self._left() < needed) or held.held_in_row > plan.limits.max_held_groups:
-            self._finish("starved")
+        if starving.starved(plan, held):
+            self._finish("starved", needs=plan.aggregator.min_rows(), left=starving.left(plan, held))
 
-    def _finish(self, reason: str) -> None:
+    def _finish(self, reason: str, **why: int) -> None:
         if not self._state.finished:
             self._state.finished = reason
             self._effects.append(Finished(reason))
-            self._record("finished", reason=reason)
+            self._record("finished", reason=reason, **why)
 
     def _record_superseded(self, members: Sequence[Arrival]) -> None:
         for member in members:

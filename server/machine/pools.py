@@ -14,7 +14,8 @@ import numpy as np
 from fedge.core.errors import StrategyError
 from fedge.core.params import Vector
 from fedge.core.task import DELTA, Update
-from fedge.strategies.contracts import Aggregator, Arrival, KeepsRows, Verdict
+from fedge.strategies.boundary import asked, plugged
+from fedge.strategies.contracts import Aggregator, Arrival, KeepsRows, Outcome, Verdict
 
 
 @dataclass(slots=True)
@@ -49,7 +50,8 @@ def fold(
 ) -> list[Arrival]:
     """Add one update; the members it supersedes. `weights` are the weigher's share, the discount for staleness, and the
     scheduler's share, by which it balances who comes often: it is no weight for a rule that keeps rows, where everybody
-    has one row anyway and nobody may gain by its pace. Raises StrategyError for weights out of range.
+    has one row anyway and nobody may gain by its pace. Raises StrategyError for weights out of range, and where the
+    aggregator raises, here as below.
     """
     share, discount, pace = weights
     share *= 1.0 if isinstance(aggregator, KeepsRows) else pace
@@ -58,7 +60,8 @@ def fold(
     for name, row in update.blobs.items():
         flat = np.asarray(row).reshape(-1)
         held = pool.folds.get(name)
-        pool.folds[name] = aggregator.fold(aggregator.init(flat.size) if held is None else held, flat, share * discount)
+        held = asked(aggregator, "init", flat.size) if held is None else held
+        pool.folds[name] = asked(aggregator, "fold", held, flat, share * discount)
     pool.members.append(arrival)
     pool.shares.append(share)
     pool.weights.append(share * discount)
@@ -74,7 +77,8 @@ def merged(pools: Sequence[Pool], aggregator: Aggregator) -> tuple[Pool, list[Ar
         whole.weights += pool.weights
         whole.step += pool.step
         for name, part in pool.folds.items():
-            whole.folds[name] = aggregator.merge(whole.folds[name], part) if name in whole.folds else part
+            held = whole.folds.get(name)
+            whole.folds[name] = part if held is None else asked(aggregator, "merge", held, part)
     return whole, _one_each(whole, aggregator)
 
 
@@ -89,22 +93,25 @@ def _one_each(pool: Pool, aggregator: Aggregator) -> list[Arrival]:
             newest[member.client] = index
     old = sorted(set(range(len(pool.members))) - set(newest.values()), reverse=True)
     for index in old:
-        pool.folds = {name: aggregator.drop(held, index) for name, held in pool.folds.items()}
+        pool.folds = {name: asked(aggregator, "drop", held, index) for name, held in pool.folds.items()}
         del pool.shares[index], pool.weights[index]
     return [pool.members.pop(index) for index in old]
 
 
-def finish(pool: Pool, aggregator: Aggregator, memory: dict[str, Any], seed: int) -> Closing:
-    """The aggregate of a pool, which is used up.
+def finish(pool: Pool, aggregator: Aggregator, memory: dict[str, Any], seed: int, size: int, longest: float) -> Closing:
+    """The aggregate of a pool, which is used up. Raises StrategyError unless it has `size` finite elements and is no
+    longer than `longest`, which is as long as all rows together may be.
 
     The scale is the pool's step times the weighted mean discount, so that a stale group moves the model less but its
     rows reach the rule unshrunk.
     """
     clients = [member.client for member in pool.members]
     outcomes = {
-        name: aggregator.finish(held, clients, memory.get(name) or aggregator.memory(), seed)
+        name: asked(aggregator, "finish", held, clients, memory.get(name) or aggregator.memory(), seed)
         for name, held in pool.folds.items()
     }
+    for outcome in outcomes.values():
+        _check(outcome, aggregator, size, longest)
     share = math.fsum(pool.shares)
     scale = pool.step * (math.fsum(pool.weights) / share if share else 0.0)
     aggregate = {name: outcome.vector for name, outcome in outcomes.items()}
@@ -114,3 +121,16 @@ def finish(pool: Pool, aggregator: Aggregator, memory: dict[str, Any], seed: int
         aggregate[DELTA] = np.multiply(delta, np.float32(scale), out=delta if delta.flags.writeable else None)
     remembered = {name: outcome.memory for name, outcome in outcomes.items()}
     return Closing(aggregate, norm, scale, dict(outcomes[DELTA].verdicts), remembered)
+
+
+def _check(outcome: Outcome, aggregator: Aggregator, size: int, longest: float) -> None:
+    who = type(getattr(aggregator, "rule", aggregator)).__name__
+    with plugged(who), np.errstate(all="ignore"):
+        shape, square = outcome.vector.shape, float(np.dot(outcome.vector, outcome.vector))
+    if shape != (size,):
+        raise StrategyError(f"{who} made an aggregate of shape {shape} of updates of shape {(size,)}; mend it.")
+    if not square <= longest**2:  # NaN is not, either
+        raise StrategyError(
+            f"{who} made an aggregate of norm {math.sqrt(square):.3g} where all updates together may have "
+            f"{longest:.3g}; mend its coefficients."
+        )

@@ -50,7 +50,7 @@ class Federation:
 
 @dataclass(slots=True)
 class ClientRecord:
-    """One client. `task` is the id of the task it holds, or empty."""
+    """One client. `task` is the id of the task it holds, or empty; `gone`: it has left for good."""
 
     state: str = "absent"
     task: str = ""
@@ -58,6 +58,7 @@ class ClientRecord:
     updates: int = 0
     refused: int = 0
     refused_in_row: int = 0
+    gone: bool = False
 
 
 @dataclass(slots=True)
@@ -80,7 +81,7 @@ class TaskRecord:
 class State:
     """Everything that changes. `updates` counts those aggregated; `issued` all tasks; `ended` orders spent tasks;
     `memory` is what the aggregator remembers between groups, by blob name; `held_in_row` counts groups held since the
-    last version.
+    last version, `unchanged` those of them since all expected clients had come and the last new one was among the rows.
     """
 
     vector: Vector
@@ -90,6 +91,7 @@ class State:
     version: int = 0
     updates: int = 0
     held_in_row: int = 0
+    unchanged: int = 0
     issued: int = 0
     lease_wake: float = -1.0
     finished: str = ""

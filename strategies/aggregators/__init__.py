@@ -5,7 +5,8 @@ asked for.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -16,6 +17,16 @@ from fedge.strategies.contracts import Aggregator
 from fedge.strategies.preaggregators import PREAGGREGATORS
 
 _HERE = "fedge.strategies.aggregators"
+
+# Kinds that stand for settings of another; what a user adds goes on top.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "robust": {
+        "kind": "caf",
+        "pre": ["norm-filter", "clip"],
+    },  # docs/robustness.md has the figures
+    "flag-paper": {"kind": "flag", "pairwise": 1.0, "unit": False},
+    "dnc-paper": {"kind": "dnc", "at_once": True},
+}
 
 AGGREGATORS = Registry(
     "server.aggregator",
@@ -41,17 +52,8 @@ AGGREGATORS = Registry(
         "gas": f"{_HERE}.gas:GradientSplitting",
         "local-clipping": f"{_HERE}.local_clipping:LocalClipping",
     },
+    presets=tuple(PRESETS),
 )
-
-# Kinds that stand for settings of another; what a user adds goes on top.
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "robust": {
-        "kind": "caf",
-        "pre": ["norm-filter", "clip"],
-    },  # docs/robustness.md has the figures
-    "flag-paper": {"kind": "flag", "pairwise": 1.0, "unit": False},
-    "dnc-paper": {"kind": "dnc", "at_once": True},
-}
 
 CHAIN = ("byzantine", "pre", "momentum", "cache")  # settings of the aggregator around every robust rule
 
@@ -67,14 +69,14 @@ class Chain(msgspec.Struct, frozen=True):
 
 def build(settings: Mapping[str, Any]) -> Aggregator:
     """The aggregator {"kind": ..., **settings of the rule and of CHAIN}. Raises ExperimentError."""
-    table = _spelt(settings)
+    table, called = _spelt(settings), str(settings.get("kind"))
     if table.get("kind") == "mean" and table.keys() & set(CHAIN):
         table["kind"] = "average"  # the mean of rows that are kept
     kind = table.get("kind")
     if not isinstance(kind, str) or hasattr(AGGREGATORS.find(kind), "fold"):
-        return AGGREGATORS.build(table)  # type: ignore[no-any-return]
+        return AGGREGATORS.build(table, CHAIN[1:] if kind == "mean" else ())  # type: ignore[no-any-return]
     chain = _chain({key: table.pop(key) for key in CHAIN if key in table})
-    rule: Any = AGGREGATORS.build(table)
+    rule: Any = AGGREGATORS.build(table, CHAIN, called)
     _check_rule(rule, kind, chain)
     from fedge.strategies.aggregators.robust import Robust
 
@@ -94,6 +96,36 @@ def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     pre = [{"kind": name["kind"], **_fields(step)} for name, step in zip(names, built.pre)]
     own = {"byzantine": chain.byzantine, "pre": pre, "momentum": chain.momentum, "cache": chain.cache}
     return {"kind": table["kind"], **_fields(rule), **own}
+
+
+def most_byzantine(settings: Mapping[str, Any], rows: int, runs: Callable[[Aggregator], bool]) -> int | None:
+    """The largest f below that of the settings, and below `rows`, with which the aggregator `runs`; None without any.
+
+    Larger f ask for more, so halving finds it, however large the one in the settings.
+    """
+
+    def fails(byzantine: int) -> bool:
+        try:
+            return not runs(build({**settings, "byzantine": byzantine}))
+        except ExperimentError:
+            return True
+
+    fewer = range(min(int(settings.get("byzantine", 0)), rows))
+    return bisect_left(fewer, True, key=fails) - 1 if fewer and not fails(0) else None
+
+
+def named(settings: Mapping[str, Any]) -> str:
+    """What a user calls the aggregator of these settings, for a sentence: its preset, or its rule with what stands in
+    front. Raises ExperimentError.
+    """
+    whole = completed(settings)
+    for name, preset in PRESETS.items():
+        if preset["kind"] == whole["kind"]:
+            spelt = completed(preset)
+            if all(whole.get(key) == spelt[key] for key in preset):
+                return repr(name)
+    before = ", ".join(step["kind"] for step in whole.get("pre", ()))
+    return f"{whole['kind']!r} behind {before}" if before else repr(whole["kind"])
 
 
 def _spelt(settings: Mapping[str, Any]) -> dict[str, Any]:

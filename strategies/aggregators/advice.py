@@ -22,6 +22,7 @@ from fedge.core.errors import ExperimentError
 from fedge.strategies.aggregators import AGGREGATORS, PRESETS, build
 
 RECOMMENDED = ("robust", "caf")  # the first that the federation has enough clients for; the last needs but 2 f + 1
+MOST = 10_000  # clients; the exact sums of more take long, and much memory
 COSTS = {"coefficients": "Gram", "reduce": "coordinate", "choose": "split"}  # of each form of rule
 
 _UNBOUNDED = {  # no f of theirs means anything
@@ -66,9 +67,9 @@ class Advice:
     """What follows from so many clients, hostile ones, and draws.
 
     `kind` is recommended, `byzantine` is the f to set, and `kept` whether it is a minority of a group. `quorum` is the
-    fewest clients per group with which that kind is valid at this risk, None where no number is enough. `experiment` is
-    TOML; where a group is too small for its f, it is `cached`: the last rows of absent clients take part, and f is of
-    all.
+    fewest clients per group with which that kind is valid at this risk, `quorum_byzantine` the f to set there; None
+    where no number is enough. `experiment` is TOML; where a group is too small for its f, it is `cached`: the last rows
+    of absent clients take part, and f is of all.
     """
 
     clients: int
@@ -81,6 +82,7 @@ class Advice:
     byzantine: int
     kept: bool
     quorum: int | None
+    quorum_byzantine: int | None
     cached: bool
     rules: tuple[Fit, ...]
     experiment: str
@@ -90,7 +92,12 @@ class Advice:
         """What to do, in a sentence or two."""
         begin = f"f = {self.byzantine} keeps the risk of {self.risk:g}"
         if not self.cached:
-            return f"{begin}; so few as {self.quorum} clients per round would do for {self.kind!r}."
+            there = f"{self.quorum} clients per round, with f = {self.quorum_byzantine}"
+            if self.quorum is None or self.quorum == self.sampled:
+                return f"{begin}."
+            if self.quorum > self.sampled:
+                return f"{begin}, but withstands nobody; {self.kind!r} withstands the hostile in {there}."
+            return f"{begin}; so few as {there}, would do for {self.kind!r}."
         if self.kept:
             begin += f", but {self.kind!r} then needs more than {self.sampled} rows."
         else:
@@ -98,8 +105,9 @@ class Advice:
         if self.quorum is None:
             return f"{begin} For {self.kind!r} there are too few clients; choose a rule that needs fewer rows."
         return (
-            f"{begin} Draw {self.quorum} clients per round, or set cache = true: then the last rows of absent clients "
-            f"take part, and f = {self.hostile} holds among all {self.clients} in every group."
+            f"{begin} Draw {self.quorum} clients per round with f = {self.quorum_byzantine}, or set cache = true: then "
+            f"the last rows of absent clients take part, and f = {self.hostile} holds among all {self.clients} in "
+            "every group."
         )
 
 
@@ -111,6 +119,7 @@ def advise(clients: int, sampled: int, hostile: int, risk: float = 1e-3, rounds:
     kind = next((kind for kind in RECOMMENDED if least(kind)(hostile) <= clients), RECOMMENDED[-1])
     needs = least(kind)
     cached = needs(f) > sampled
+    fewest = quorum(clients, hostile, accepted, needs)
     return Advice(
         clients=clients,
         sampled=sampled,
@@ -124,7 +133,8 @@ def advise(clients: int, sampled: int, hostile: int, risk: float = 1e-3, rounds:
         kind=kind,
         byzantine=f,
         kept=2 * f < sampled,
-        quorum=quorum(clients, hostile, accepted, needs),
+        quorum=fewest,
+        quorum_byzantine=None if fewest is None else bound(clients, fewest, hostile, accepted),
         cached=cached,
         rules=tuple(fit(kind, sampled, f) for kind in (*PRESETS, *AGGREGATORS.entries)),
         experiment=_experiment(kind, clients, sampled, hostile if cached else f, cached),
@@ -153,10 +163,16 @@ def _ways_above(clients: int, sampled: int, hostile: int) -> list[int]:
 
 
 def quorum(clients: int, hostile: int, accepted: Fraction, needs: Callable[[int], int]) -> int | None:
-    """The fewest clients per group that are as many as the rule `needs` for the f that is `accepted` there, or None."""
-    for sampled in range(1, clients + 1):
-        if needs(bound(clients, sampled, hostile, accepted)) <= sampled:
+    """The fewest clients per group that are as many as the rule `needs` for the f that is `accepted` there, or None.
+
+    An f of 0 is not protection but luck, and does not count where anybody is hostile.
+    """
+    sampled = 1
+    while sampled <= clients:
+        f = bound(clients, sampled, hostile, accepted)
+        if needs(f) <= sampled and (f or not hostile):
             return sampled
+        sampled = max(sampled + 1, needs(f))  # f never falls as more are drawn, so none below are enough
     return None
 
 
@@ -199,8 +215,8 @@ def _experiment(kind: str, clients: int, sampled: int, byzantine: int, cached: b
 
 
 def _check(clients: int, sampled: int, hostile: int, risk: float, rounds: int) -> None:
-    if clients < 1:
-        raise ExperimentError(f"There are {clients} clients; name 1 or more.")
+    if not 1 <= clients <= MOST:
+        raise ExperimentError(f"There are {clients} clients; name 1 to {MOST}, for which the odds are counted exactly.")
     if not 1 <= sampled <= clients:
         raise ExperimentError(f"{sampled} of {clients} clients cannot be drawn; draw 1 to {clients}.")
     most = (clients - 1) // 2
@@ -209,7 +225,8 @@ def _check(clients: int, sampled: int, hostile: int, risk: float, rounds: int) -
     if hostile > most:
         raise ExperimentError(
             f"Without data of the server's own nothing withstands {hostile} hostile of {clients} clients; at most "
-            f"{most} of {clients}, or {hostile} of at least {2 * hostile + 1}, can be withstood."
+            f"{most} of {clients}, or {hostile} of at least {2 * hostile + 1}, can be withstood; with such data "
+            "'fltrust' withstands any number."
         )
     if not 0 < risk < 1:
         raise ExperimentError(f"A risk of {risk:g} is no probability to accept; name one above 0 and below 1.")

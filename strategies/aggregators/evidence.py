@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge.core.params import Vector
+from fedge.strategies.boundary import asked, named, numbers, plugged
 from fedge.strategies.gram import Matrix, Weights, distances
 
 
@@ -114,9 +115,19 @@ class Demanding(Protocol):
 
 
 def behind(steps: Iterable[Mixing], evidence: Evidence) -> tuple[Evidence, Matrix]:
-    """What is seen behind these steps, and the one matrix [m, n] that all of them come to."""
+    """What is seen behind these steps, and the one matrix [m, n] that all of them come to. Raises StrategyError where
+    one of them breaks.
+    """
     seen, mixing = evidence, np.eye(evidence.rows)
     for step in steps:
-        matrix, weights = step.mix(seen)
+        matrix, weights = _mixed(step, seen)
         seen, mixing = seen.mixed(matrix, weights), matrix @ mixing
     return seen, mixing
+
+
+def _mixed(step: Mixing, seen: Evidence) -> tuple[Matrix, Weights]:
+    found = asked(step, "mix", seen)
+    with plugged(named(step, "mix")):
+        matrix, weights = found
+        count = len(matrix)
+    return numbers(step, "mix", matrix, (count, seen.rows)), numbers(step, "mix", weights, (count,))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedge.core.errors import ExperimentError
 from fedge.core.lanes import halves
 from fedge.core.params import Vector
+from fedge.core.registry import Registry
 from fedge.strategies.aggregators import AGGREGATORS
 from fedge.strategies.aggregators.evidence import Demanding, Evidence, Mixing, behind
 from fedge.strategies.gram import CLOSE, Matrix, Weights, distances
@@ -26,6 +27,9 @@ from fedge.strategies.parts import Parts
 
 Panel = NDArray[np.float32]  # [n, parts, coordinates]
 Stack = NDArray[np.float64]  # one matrix or vector per part
+
+
+_BASES = Registry("server.aggregator.base", AGGREGATORS.entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class GradientSplitting:
             raise ExperimentError(f"server.aggregator.base: {self.base!r} cannot judge parts; take e.g. 'multi-krum'.")
 
     def _rule(self) -> Any:
-        return AGGREGATORS.build({"kind": self.base})
+        return _BASES.build({"kind": self.base})
 
     def least(self, byzantine: int) -> int:
         """As the base."""

@@ -25,7 +25,8 @@ from fedge.core.lanes import plain_products
 from fedge.core.params import Vector
 from fedge.strategies import gram
 from fedge.strategies.aggregators.evidence import Demanding, Evidence, Mixing, PreAggregator, behind
-from fedge.strategies.columns import columnwise
+from fedge.strategies.boundary import asked, numbers, rows_asked
+from fedge.strategies.columns import Columns, columnwise
 from fedge.strategies.contracts import Outcome, Verdict
 from fedge.strategies.gram import Matrix, Weights
 
@@ -76,18 +77,18 @@ class Robust:
         return bool(self.rule.honours_weights)
 
     def min_rows(self) -> int:
-        """What the rule needs for f, in front of its pre-aggregators."""
-        needed = max(1, self.rule.least(self.byzantine))
+        """What the rule needs for f, in front of its pre-aggregators. Raises StrategyError where one breaks."""
+        needed = max(1, rows_asked(self.rule, self.byzantine))
         for step in reversed(self.pre):
-            needed = step.least(needed, self.byzantine)
-        return int(needed)
+            needed = rows_asked(step, needed, self.byzantine)
+        return needed
 
     def lacks(self, clients: Collection[str], memory: Any) -> str:
         """What a group of these clients misses; those remembered count where they are cached."""
         known = {*clients, *(memory.rows if self.cache else ())}
         if len(known) < self.min_rows():
             return f"{self.min_rows() - len(known)} more clients"
-        demands = (step.lacks(known) for step in (*self.pre, self.rule) if isinstance(step, Demanding))
+        demands = (asked(step, "lacks", known) for step in (*self.pre, self.rule) if isinstance(step, Demanding))
         return next((what for what in demands if what), "")
 
     def memory(self) -> Memory:
@@ -130,7 +131,9 @@ class Robust:
 
     @plain_products
     def finish(self, state: Rows, clients: Sequence[str], memory: Memory, seed: int) -> Outcome:
-        """The aggregate over the rows of these (distinct) clients, and what became of each."""
+        """The aggregate over the rows of these (distinct) clients, and what became of each. Raises StrategyError where
+        the rule or a pre-aggregator breaks.
+        """
         if self._remembers:
             memory, state, clients = self._recalled(state, clients, memory)
         order = sorted(range(len(clients)), key=clients.__getitem__)
@@ -178,16 +181,19 @@ class Robust:
     def _decide(self, rows: Sequence[Vector], evidence: Evidence) -> tuple[Vector, Mapping[str, Verdict]]:
         rule = self.rule
         if hasattr(rule, "choose"):
-            return _chosen(rows, evidence, rule.choose(rows, evidence, self.pre))
+            found = asked(rule, "choose", rows, evidence, self.pre)
+            return _chosen(rows, evidence, numbers(rule, "choose", found, (len(rows),)))
         seen, mixing = behind((*self.pre, *([rule] if isinstance(rule, Mixing) else [])), evidence)
         if hasattr(rule, "coefficients"):
-            return _chosen(rows, evidence, rule.coefficients(seen) @ mixing)
+            found = numbers(rule, "coefficients", asked(rule, "coefficients", seen), (seen.rows,))
+            return _chosen(rows, evidence, found @ mixing)
         plain = len(mixing) == evidence.rows and np.array_equal(mixing, np.eye(evidence.rows))
-        vector = columnwise(
-            rows,
-            lambda columns: rule.reduce(columns, self.byzantine, seen.weights),
-            None if plain else mixing,
-        )
+
+        def reduce(columns: Columns) -> Vector:
+            found = asked(rule, "reduce", columns, self.byzantine, seen.weights)
+            return numbers(rule, "reduce", found, columns.shape[:1])  # type: ignore[no-any-return]
+
+        vector = columnwise(rows, reduce, None if plain else mixing)
         return vector, _verdicts(evidence, gram.away(rows, vector))
 
 

@@ -3,7 +3,7 @@
 Owns the names of the kinds. Must never import one before it is asked for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fedge.core.errors import ExperimentError
@@ -39,9 +39,9 @@ ATTACKS = Registry(
 )
 
 
-def build(settings: Mapping[str, Any]) -> Any:
-    """The attack {"kind": ..., **its settings}. Raises ExperimentError."""
-    built = ATTACKS.build(settings)
+def build(settings: Mapping[str, Any], around: Collection[str] = ()) -> Any:
+    """The attack {"kind": ..., **its settings}; `around` are those that another reads. Raises ExperimentError."""
+    built = ATTACKS.build(settings, around)
     if not callable(getattr(built, "forge", None)) or not isinstance(getattr(built, "omniscient", None), bool):
         raise ExperimentError(
             f"simulation.attack: {settings['kind']!r} is no attack; give it omniscient and forge() "

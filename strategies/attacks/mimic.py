@@ -29,6 +29,14 @@ class Mimic:
         if self.client < -1:
             raise ExperimentError(f"simulation.attack.client: must be -1 or the place of a client, not {self.client}.")
 
+    def check(self, honest: int) -> None:
+        """Raises ExperimentError for a place that none of so many honest clients has."""
+        if self.client >= honest:
+            raise ExperimentError(
+                f"simulation.attack.client is {self.client}, and the {honest} honest clients have the places 0 to "
+                f"{honest - 1}; name one of them, or -1."
+            )
+
     def forge(self, scene: Scene) -> Vector:
         """A copy of that client's update."""
         rows = scene.honest

@@ -69,6 +69,14 @@ class Lies(Protocol):
         """The update with other metadata."""
 
 
+@runtime_checkable
+class Fussy(Protocol):
+    """An attack that cannot do with any number of honest clients."""
+
+    def check(self, honest: int) -> None:
+        """Raises ExperimentError where so many will not do."""
+
+
 def misled(attack: Any, scene: Scene, update: Update) -> Update:
     """What is sent in place of `update`. Raises StrategyError where the attack raises, or forges no vector [d]."""
     name = type(attack).__name__

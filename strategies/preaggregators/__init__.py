@@ -17,4 +17,5 @@ PREAGGREGATORS = Registry(
         "norm-filter": f"{_HERE}.norm_filter:NormFilter",
         "basgd": f"{_HERE}.basgd:Buckets",
     },
+    several=True,
 )

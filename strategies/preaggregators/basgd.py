@@ -32,13 +32,13 @@ class Buckets:
 
     def __post_init__(self) -> None:
         if self.buckets < 1:
-            raise ExperimentError(f"server.aggregator.pre.buckets: must be at least 1, not {self.buckets}.")
+            raise ExperimentError(f"server.aggregator.pre.basgd.buckets: must be at least 1, not {self.buckets}.")
 
     def least(self, needed: int, byzantine: int) -> int:
         """One client per bucket. Raises ExperimentError where there are fewer buckets than rows needed behind them."""
         if self.buckets < needed:
             raise ExperimentError(
-                f"server.aggregator.pre.buckets: with byzantine = {byzantine} the rule behind 'basgd' needs {needed} "
+                f"server.aggregator.pre.basgd.buckets: with byzantine = {byzantine} the rule behind it needs {needed} "
                 f"rows, and {self.buckets} buckets give no more than {self.buckets}; set buckets to at least {needed}."
             )
         return self.buckets

@@ -38,7 +38,7 @@ class Bucketing:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ExperimentError(f"server.aggregator.pre.size: a bucket holds at least 1 row, not {self.size}.")
+            raise ExperimentError(f"server.aggregator.pre.bucketing.size: must be at least 1 row, not {self.size}.")
 
     def least(self, needed: int, byzantine: int) -> int:
         """One row more than fill all but the last of the buckets that are needed."""

@@ -29,8 +29,8 @@ class Clip:
     def __post_init__(self) -> None:
         if not 0 < self.factor < float("inf"):
             raise ExperimentError(
-                f"server.aggregator.pre.factor: must be above 0 and finite, not {self.factor:g}; it multiplies the "
-                "median norm."
+                f"server.aggregator.pre.clip.factor: must be above 0 and finite, not {self.factor:g}; it multiplies "
+                "the median norm."
             )
 
     def least(self, needed: int, byzantine: int) -> int:

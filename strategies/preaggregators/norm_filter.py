@@ -24,7 +24,9 @@ class NormFilter:
 
     def __post_init__(self) -> None:
         if not 1 <= self.factor < float("inf"):
-            raise ExperimentError(f"server.aggregator.pre.factor: must be at least 1 and finite, not {self.factor:g}.")
+            raise ExperimentError(
+                f"server.aggregator.pre.norm-filter.factor: must be at least 1 and finite, not {self.factor:g}."
+            )
 
     def least(self, needed: int, byzantine: int) -> int:
         """As many as come out, and f more, all of which may be honest; and a majority of honest ones for the median."""
