@@ -1,0 +1,229 @@
+"""Every way to run a cut model between a device and a cloud, and what each costs. Both ends are among them.
+
+Owns the enumeration (device alone, or any boundary in any coding, with and without the exits on the way) and the
+expectation over who leaves early. Must never choose.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import msgspec
+import numpy as np
+
+from fedge.core.errors import DataError
+from fedge.edge.bundle import INPUT, OUTPUT, Boundary, Bundle
+from fedge.edge.plan.link import Link
+from fedge.edge.plan.profile import CodingCost, Profile, coding_key, piece_key
+from fedge.edge.plan.scale import Scale
+
+RAW = "raw"
+AS_PROFILED = Scale()
+
+
+class ExitStat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What held-out data gave for one exit: the share of all samples that leave here (not at an earlier exit), how
+    many of these the exit answers right, and how many of the same samples the whole model answers right.
+    """
+
+    name: str
+    share: float
+    accuracy: float = 0.0
+    final_accuracy: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to run the model. Seconds are as profiled; `device_s` is the mean over samples that leave early or not,
+    `worst_s` what a sample takes that never leaves. `boundary` and `coding` are None where nothing is sent.
+
+    `sent` is the share of samples for which the cloud is asked. Memory and accuracy are None where unknown.
+    """
+
+    pieces: tuple[tuple[str, str], ...]
+    exits: tuple[str, ...]
+    boundary: str | None
+    coding: str | None
+    device_s: float
+    worst_s: float
+    sent: float = 0.0
+    encode_s: float = 0.0
+    bytes: float = 0.0
+    decode_s: float = 0.0
+    tail_s: float = 0.0
+    memory_bytes: int | None = None
+    accuracy: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As people call it: 'local', 'input as jpeg90', 'relu_3 as u8, 1 exit'."""
+        place = "local" if self.boundary is None else f"{self.boundary} as {self.coding}"
+        return place + (f", {len(self.exits)} exit{'s' * (len(self.exits) > 1)}" if self.exits else "")
+
+    def latency_s(self, link: Link, scale: Scale = AS_PROFILED) -> float:
+        """Expected seconds per sample."""
+        return scale.device * self.device_s + self.sent * self._sending_s(link, scale)
+
+    def longest_s(self, link: Link, scale: Scale = AS_PROFILED) -> float:
+        """Expected seconds of a sample that does not leave early: what a deadline is held against."""
+        return scale.device * self.worst_s + (0.0 if self.boundary is None else self._sending_s(link, scale))
+
+    def _sending_s(self, link: Link, scale: Scale) -> float:
+        network_s = link.rtt_s + 8 * self.bytes / link.bandwidth_bps
+        return scale.device * self.encode_s + network_s + scale.cloud * (self.decode_s + self.tail_s)
+
+
+def build(
+    bundle: Bundle,
+    device: Profile,
+    cloud: Profile | None,
+    exits: Sequence[ExitStat] = (),
+    codings: Mapping[str, Mapping[str, float | None]] | None = None,
+) -> tuple[Option, ...]:
+    """Every option that was measured: local first, then the raw input to the cloud, then the others along the line.
+
+    No `cloud` leaves the local ones. `codings` (boundary -> coding -> accuracy on held-out data) stands in for the
+    bundle's. An exit without statistics counts as one that nobody takes. An option is left out where a profile lacks
+    one of its pieces or codings. Raises DataError where profiles are of another bundle or lack one of the two ends,
+    and where statistics are no probabilities.
+    """
+    if any(profile.version != bundle.version for profile in (device, cloud) if profile):
+        raise DataError("A profile is of another bundle than the one to plan for; measure the machine again.")
+    offered = bundle.codings if codings is None else codings
+    stats = _in_order(bundle, exits)
+    found: list[Option] = []
+    for way in _ways(bundle, offered, cloud):
+        sending = _sending(bundle, device, cloud, way.boundary, way.coding or RAW)
+        heads = _heads(bundle, device, way.boundary or OUTPUT, stats)
+        fresh = [_option(device, way, head, sending) for head in heads if way.boundary is None or sending]
+        if way.needed and not fresh:
+            raise DataError(f"The profiles lack {way.text}; measure device and cloud again.")
+        found += fresh
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """Where the device stops, and how what it has then travels."""
+
+    boundary: str | None
+    coding: str | None
+    accuracy: float | None
+
+    @property
+    def needed(self) -> bool:
+        """Whether this is one of the two ends, which every choice is compared with."""
+        return self.boundary is None or (self.boundary, self.coding) == (INPUT, RAW)
+
+    @property
+    def text(self) -> str:
+        return "the pieces from input to output" if self.boundary is None else "the cloud's piece input..output"
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    pieces: tuple[tuple[str, str], ...]
+    exits: tuple[ExitStat, ...]
+    reached: tuple[float, ...]  # the share of samples for which each piece runs
+    sent: float
+
+
+def _ways(bundle: Bundle, offered: Mapping[str, Mapping[str, float | None]], cloud: Profile | None) -> list[_Way]:
+    known = (offered[boundary.name].get(RAW) for boundary in bundle.boundaries if boundary.name in offered)
+    whole = next((accuracy for accuracy in known if accuracy is not None), None)  # raw changes nothing, wherever sent
+    ways = [_Way(None, None, whole)]
+    if cloud is None:
+        return ways
+    ways.append(_Way(INPUT, RAW, whole))
+    sendable = [
+        (boundary.name, coding) for boundary in bundle.boundaries[:-1] for coding in offered.get(boundary.name, {})
+    ]
+    return ways + [
+        _Way(name, coding, offered[name][coding]) for name, coding in sendable if (name, coding) != (INPUT, RAW)
+    ]
+
+
+def _heads(bundle: Bundle, device: Profile, target: str, stats: Sequence[tuple[str, ExitStat]]) -> list[_Head]:
+    """The pieces from the input to `target`: without exits, and with those on the way where there are any."""
+    order = [boundary.name for boundary in bundle.boundaries]
+    passed = [(place, stat) for place, stat in stats if order.index(place) <= order.index(target) and target != INPUT]
+    stops = tuple(dict.fromkeys((INPUT, *(place for place, _ in passed), target)))
+    direct = _route(device, (INPUT, target) if target != INPUT else (INPUT,)) or _route(device, stops)
+    heads = [] if direct is None else [_Head(direct, (), (1.0,) * len(direct), 1.0)]
+    through = _route(device, stops)
+    if through is not None and passed:
+        left = {end: sum(stat.share for place, stat in passed if place == end) for _, end in through}
+        stays = [1.0]
+        for _, end in through:
+            stays.append(max(0.0, stays[-1] - left[end]))
+        heads.append(_Head(through, tuple(stat for _, stat in passed), tuple(stays[:-1]), stays[-1]))
+    return heads
+
+
+def _route(device: Profile, stops: Sequence[str]) -> tuple[tuple[str, str], ...] | None:
+    legs = tuple(pairwise(stops))
+    return legs if all(piece_key(*leg) in device.pieces for leg in legs) else None
+
+
+def _option(device: Profile, way: _Way, head: _Head, sending: tuple[CodingCost, float] | None) -> Option:
+    cost, tail_s = sending or (CodingCost(0.0, 0.0, 0.0), 0.0)
+    seconds = [device.pieces[piece_key(*piece)] for piece in head.pieces]
+    memory = [device.memory_bytes.get(piece_key(*piece)) for piece in head.pieces]
+    gained = sum(stat.share * (stat.accuracy - stat.final_accuracy) for stat in head.exits)
+    return Option(
+        pieces=head.pieces,
+        exits=tuple(stat.name for stat in head.exits),
+        boundary=way.boundary,
+        coding=way.coding,
+        device_s=sum(share * each for share, each in zip(head.reached, seconds)),
+        worst_s=sum(seconds),
+        sent=head.sent if sending else 0.0,
+        encode_s=cost.encode_s,
+        bytes=cost.bytes,
+        decode_s=cost.decode_s,
+        tail_s=tail_s,
+        memory_bytes=None if None in memory else sum(size or 0 for size in memory),
+        accuracy=None if way.accuracy is None else way.accuracy + gained,
+    )
+
+
+def _sending(
+    bundle: Bundle, device: Profile, cloud: Profile | None, boundary: str | None, coding: str
+) -> tuple[CodingCost, float] | None:
+    """What coding, bytes and tail cost; None where nothing is sent or it was not measured, which raw need not be."""
+    if boundary is None or cloud is None:
+        return None
+    key, tail_s = coding_key(boundary, coding), cloud.pieces.get(piece_key(boundary, OUTPUT))
+    cost = device.codings.get(key)
+    if cost is None and coding == RAW:
+        cost = CodingCost(0.0, 0.0, raw_bytes(bundle.boundary(boundary)))
+    if cost is None or tail_s is None:
+        return None
+    decode_s = cloud.codings.get(key, cost).decode_s
+    return CodingCost(cost.encode_s, decode_s, cost.bytes), tail_s
+
+
+def raw_bytes(boundary: Boundary) -> int:
+    """Bytes of one sample's tensors at a boundary, as they lie in memory. Raises DataError for an unknown dtype."""
+    try:
+        sizes = [np.dtype(tensor.dtype).itemsize for tensor in boundary.tensors]
+    except TypeError:
+        raise DataError(f"A tensor at {boundary.name!r} has an unknown dtype; export the bundle again.") from None
+    extents = [math.prod(max(extent, 1) for extent in tensor.shape) for tensor in boundary.tensors]
+    return sum(size * extent for size, extent in zip(sizes, extents))
+
+
+def _in_order(bundle: Bundle, exits: Sequence[ExitStat]) -> list[tuple[str, ExitStat]]:
+    """(boundary, statistics) of the exits that somebody takes, along the line."""
+    order = {boundary.name: index for index, boundary in enumerate(bundle.boundaries)}
+    places = {leave.name: leave.boundary for leave in bundle.exits}
+    figures = [figure for stat in exits for figure in (stat.share, stat.accuracy, stat.final_accuracy)]
+    if not all(0 <= figure <= 1 for figure in figures) or sum(stat.share for stat in exits) > 1 + 1e-6:
+        raise DataError(
+            "Shares and accuracies of exits lie in [0, 1] and shares add up to 1 at most; measure them again."
+        )
+    if len({stat.name for stat in exits}) != len(exits) or not {stat.name for stat in exits} <= places.keys():
+        raise DataError("The statistics name an exit twice, or one that the bundle lacks; measure them again.")
+    used = [(places[stat.name], stat) for stat in exits if stat.share > 0 and places[stat.name] not in (INPUT, OUTPUT)]
+    return sorted(used, key=lambda place: order[place[0]])

@@ -1,0 +1,87 @@
+"""A skeleton made ready to be cut: constants in one place, shapes of inputs fixed, known shapes folded.
+
+Owns what is changed in a model before its analysis; what it computes stays the same. Must never read files.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+
+from fedge.core.errors import ModelError
+from fedge.edge.bundle import Tensor
+from fedge.edge.split.skeleton import nodes_in
+
+
+def tidy(model: ModelProto) -> None:
+    """Constants become initialisers, initialisers are no inputs, and what tells of the exporter is dropped."""
+    graph = model.graph
+    for node in graph.node:
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx") and node.attribute[0].name == "value":
+            tensor = graph.initializer.add()
+            tensor.CopyFrom(node.attribute[0].t)
+            tensor.name = node.output[0]
+    filled = {tensor.name for tensor in graph.initializer}
+    refill(graph.node, [node for node in graph.node if node.op_type != "Constant" or node.output[0] not in filled])
+    refill(graph.input, [value for value in graph.input if value.name not in filled])
+    model.ir_version = max(model.ir_version, 4)  # before it, initialisers had to be inputs as well
+    for part in [model, graph, *graph.initializer, *graph.input, *graph.output, *graph.value_info, *nodes_in(graph)]:
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+
+
+def refill(field: Any, items: list[Any]) -> None:
+    """A repeated field of a message, filled anew."""
+    copies = [type(item).FromString(item.SerializeToString()) for item in items]
+    del field[:]
+    field.extend(copies)
+
+
+def fix(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Give inputs the shapes that the caller knows; what the exporter wrote of other tensors is dropped then."""
+    inputs = {value.name: value for value in model.graph.input}
+    for name, shape in shapes.items():
+        if name not in inputs:
+            raise ModelError(f"The model has no input {name!r} to give a shape; it has {', '.join(inputs)}.")
+        dims = inputs[name].type.tensor_type.shape.dim
+        known = [dim.dim_value for dim in dims]
+        if len(known) != len(shape) or any(old not in (0, new) or new < 1 for old, new in zip(known, shape)):
+            raise ModelError(f"The input {name!r} cannot have the shape {list(shape)}; the model says otherwise.")
+        for dim, extent in zip(dims, shape):
+            dim.dim_value = extent
+    if shapes:
+        del model.graph.value_info[:]
+        for value in model.graph.output:
+            value.type.tensor_type.ClearField("shape")
+
+
+def fold_shapes(model: ModelProto, tensors: Mapping[str, Tensor], batched: Collection[str], primary: str) -> None:
+    """What is asked of shapes becomes constants, and the batch where it is free is asked of the `primary` input alone.
+
+    So no tail asks for a tensor only to measure it. `batched` are the tensors whose first extent is the primary's.
+    """
+    graph, kept = model.graph, []
+    opset = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    for node in graph.node:
+        of = tensors.get(node.input[0]) if node.op_type in ("Shape", "Size") else None
+        span = {attribute.name: attribute.i for attribute in node.attribute}
+        extents = of.shape[span.get("start", 0) : span.get("end", len(of.shape))] if of else (-1,)
+        if min(extents, default=1) > 0:
+            value = extents if node.op_type == "Shape" else np.prod(extents)
+            graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.int64), node.output[0]))
+        elif node.op_type == "Shape" and node.input[0] in batched and opset >= 15:  # older ones have no start and end
+            kept += _batch_and(extents[1:], graph, primary, node.output[0])
+        else:
+            kept.append(node)
+    refill(graph.node, kept)
+
+
+def _batch_and(rest: Sequence[int], graph: GraphProto, primary: str, name: str) -> list[NodeProto]:
+    """Operators that give the shape `name`: the batch of the primary input, then known extents."""
+    if not rest:
+        return [helper.make_node("Shape", [primary], [name], start=0, end=1)]
+    batch, known = f"{name}/batch", f"{name}/known"
+    graph.initializer.append(numpy_helper.from_array(np.asarray(rest, np.int64), known))
+    shape = helper.make_node("Shape", [primary], [batch], start=0, end=1)
+    return [shape, helper.make_node("Concat", [batch, known], [name], axis=0)]
