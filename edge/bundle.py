@@ -45,8 +45,8 @@ class Boundary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Exit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An early answer: its logits are an output of every piece that passes `boundary`.
 
-    `temperature` divides the logits before the softmax; `threshold` is the confidence from which it answers. `share` of
-    the held-out samples left here, and of those `accuracy` were right (None: not measured).
+    `temperature` divides the logits before the softmax; `threshold` is the score from which it answers. On held-out
+    data `share` of all samples left here; of these the exit got `accuracy` right, the whole model `final_accuracy`.
     """
 
     name: str
@@ -55,7 +55,17 @@ class Exit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     temperature: float = 1.0
     threshold: float = 1.0
     share: float = 0.0
+    accuracy: float = 0.0
+    final_accuracy: float = 0.0
+
+
+class Sent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What came of sending a boundary in one coding on held-out data: how many of all samples the tail then got right,
+    and the mean bytes of one. None: not measured.
+    """
+
     accuracy: float | None = None
+    bytes: float | None = None
 
 
 class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,8 +83,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A cut model. `files` gives size and SHA-256 of everything in the folder but the description itself.
 
     `rule` says when an exit answers (see `fedge.edge.exits.rules`). `codings` says, for each boundary that may be sent,
-    which codings were tried, and how many of the held-out samples that no exit before it had answered were then right
-    (None: not measured); the same for `output` under the coding `local`. The planner chooses among them.
+    in which codings, and what became of held-out data. The planner chooses among them.
     """
 
     format: int
@@ -86,7 +95,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     exits: tuple[Exit, ...] = ()
     rule: str = "confidence"
     classes: tuple[str, ...] = ()
-    codings: dict[str, dict[str, float | None]] = {}
+    codings: dict[str, dict[str, Sent]] = {}
 
     def boundary(self, name: str) -> Boundary:
         """The boundary of this name. Raises KeyError."""

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from fedge.edge.bundle import INPUT, OUTPUT, Boundary, Bundle, Exit, Tensor
-from fedge.edge.plan.options import ExitStat
+from fedge.edge.bundle import INPUT, OUTPUT, Boundary, Bundle, Exit, Sent, Tensor
 from fedge.edge.plan.profile import CodingCost, Profile, coding_key, piece_key
 
 SAMPLES = 40  # samples of the held-out data
@@ -20,18 +19,16 @@ class Line:
     bundle: Bundle
     device: Profile
     cloud: Profile
-    stats: tuple[ExitStat, ...]
     leaves: tuple[str | None, ...]  # per sample the exit that would answer it
     right: tuple[tuple[bool, bool], ...]  # per sample: whether that exit, and the whole model, are right
 
 
-def bundle_of(middle: int, exits: list[tuple[str, str]], codings: dict[str, dict[str, float | None]]) -> Bundle:
+def bundle_of(middle: int, exits: list[Exit], codings: dict[str, dict[str, Sent]]) -> Bundle:
     names = [INPUT, *(f"b{index}" for index in range(middle)), OUTPUT]
     boundaries = tuple(
         Boundary(name, (Tensor(f"t_{name}", "float32", (-1, 5 + index)),), index) for index, name in enumerate(names)
     )
-    leaves = tuple(Exit(name, place, Tensor(f"logits_{name}", "float32", (-1, 10))) for name, place in exits)
-    return Bundle(1, VERSION, "line", boundaries, (), {}, leaves, codings=codings)
+    return Bundle(1, VERSION, "line", boundaries, (), {}, tuple(exits), codings=codings)
 
 
 @st.composite
@@ -46,8 +43,8 @@ def lines(draw: st.DrawFn) -> Line:
     )
     right = tuple((draw(st.booleans()), draw(st.booleans())) for _ in range(SAMPLES))
     whole = sum(final for _, final in right) / SAMPLES
-    codings: dict[str, dict[str, float | None]] = {INPUT: {"raw": whole}, **{name: {"u8": whole} for name in inner}}
-    bundle = bundle_of(middle, exits, codings)
+    codings = {INPUT: {"raw": Sent(whole)}, **{name: {"u8": Sent(whole)} for name in inner}}
+    bundle = bundle_of(middle, [_exit(name, place, leaves, right) for name, place in exits], codings)
     names = [boundary.name for boundary in bundle.boundaries]
     pairs = [(start, end) for index, start in enumerate(names) for end in names[index + 1 :]]
     device = {piece_key(*pair): draw(_SECONDS) for pair in pairs}
@@ -59,13 +56,13 @@ def lines(draw: st.DrawFn) -> Line:
         bundle,
         Profile("device", VERSION, 1, pieces=device, codings=costs, memory_bytes=dict.fromkeys(device, 100)),
         Profile("cloud", VERSION, 1, pieces={piece_key(name, OUTPUT): draw(_SECONDS) for name in names[:-1]}),
-        tuple(_stat(name, leaves, right) for name, _ in exits),
         leaves,
         right,
     )
 
 
-def _stat(name: str, leaves: tuple[str | None, ...], right: tuple[tuple[bool, bool], ...]) -> ExitStat:
+def _exit(name: str, place: str, leaves: tuple[str | None, ...], right: tuple[tuple[bool, bool], ...]) -> Exit:
     here = [each for leave, each in zip(leaves, right) if leave == name]
     early, final = (sum(each[side] for each in here) / max(1, len(here)) for side in (0, 1))
-    return ExitStat(name, len(here) / SAMPLES, early, final)
+    logits = Tensor(f"logits_{name}", "float32", (-1, 10))
+    return Exit(name, place, logits, threshold=0.5, share=len(here) / SAMPLES, accuracy=early, final_accuracy=final)

@@ -34,7 +34,7 @@ def test_any_line_can_be_drawn(
     tmp_path_factory: pytest.TempPathFactory, line: Line, link: Link | None, deadline_s: float | None
 ) -> None:
     path = tmp_path_factory.mktemp("figure") / "plan.png"
-    draw_plan(path, build(line.bundle, line.device, line.cloud, line.stats), link, Bounds(deadline_s=deadline_s))
+    draw_plan(path, build(line.bundle, line.device, line.cloud), link, Bounds(deadline_s=deadline_s))
     assert _pixels(path).shape[0] > 500
 
 

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedge.core.errors import DataError, ExperimentError
-from fedge.edge.bundle import INPUT, OUTPUT
+from fedge.edge.bundle import INPUT, OUTPUT, Exit, Sent, Tensor
 from fedge.edge.plan import replan
 from fedge.edge.plan.link import OFFLINE, Link, LinkState, estimate, observe
-from fedge.edge.plan.options import ExitStat, Option, build
+from fedge.edge.plan.options import Option, build
 from fedge.edge.plan.planner import Bounds, envelope, plan, switches
 from fedge.edge.plan.profile import CodingCost, Profile, coding_key, piece_key
 from fedge.edge.plan.replan import Replanner, start, step
@@ -27,7 +27,7 @@ few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthChec
 
 
 def _options(line: Line) -> tuple[Option, ...]:
-    return build(line.bundle, line.device, line.cloud, line.stats)
+    return build(line.bundle, line.device, line.cloud)
 
 
 def _played(line: Line, option: Option, link: Link, sample: int) -> tuple[float, bool]:
@@ -68,11 +68,9 @@ def test_both_ends_and_every_boundary_are_among_the_options(line: Line) -> None:
     assert plain == [(None, None), (INPUT, "raw"), *inner]
     assert len({option.name for option in options}) == len(options)
     assert all(begin == end for option in options for (_, begin), (end, _) in pairwise(option.pieces))
-    taken = {stat.name for stat in line.stats if stat.share > 0}
+    taken = {stat.name for stat in line.bundle.exits if stat.share > 0}
     assert {name for option in options for name in option.exits} == taken
-    assert [option.boundary for option in build(line.bundle, line.device, None, line.stats)] == [None] * (
-        1 + bool(taken)
-    )
+    assert [option.boundary for option in build(line.bundle, line.device, None)] == [None] * (1 + bool(taken))
 
 
 def test_options_leave_out_what_was_not_measured_but_insist_on_the_ends() -> None:
@@ -93,25 +91,32 @@ def test_options_leave_out_what_was_not_measured_but_insist_on_the_ends() -> Non
 @pytest.mark.parametrize(
     "stats",
     [
-        [ExitStat("e0", 1.5)],
-        [ExitStat("e0", 0.6), ExitStat("e1", 0.6)],
-        [ExitStat("e0", math.nan)],
-        [ExitStat("e0", 0.1), ExitStat("e0", 0.1)],
-        [ExitStat("nobody", 0.1)],
-        [ExitStat("e0", 0.1, accuracy=-1.0)],
+        [{"share": 1.5}, {}],
+        [{"share": 0.6}, {"share": 0.6}],
+        [{"share": math.nan}, {}],
+        [{"share": 0.1, "accuracy": -1.0}, {}],
+        [{"share": 0.1, "final_accuracy": 1.1}, {}],
     ],
 )
-def test_statistics_that_are_none_are_refused(stats: list[ExitStat]) -> None:
+def test_statistics_that_are_none_are_refused(stats: list[dict[str, float]]) -> None:
     line = _line()
+    exits = tuple(Exit(f"e{at}", "b0", Tensor("l", "float32", (-1, 10)), **given) for at, given in enumerate(stats))
     with pytest.raises(DataError, match="measure them again"):
-        build(line.bundle, line.device, line.cloud, stats)
+        build(msgspec.structs.replace(line.bundle, exits=exits), line.device, line.cloud)
+
+
+def test_real_bytes_count_more_than_those_of_a_profile() -> None:
+    line = _line()
+    known = msgspec.structs.replace(line.bundle, codings={"b0": {"u8": Sent(0.9, 17.5)}, "b1": {"u8": Sent(0.9)}})
+    sizes = {option.boundary: option.bytes for option in build(known, line.device, line.cloud)}
+    assert (sizes["b0"], sizes["b1"]) == (17.5, line.device.codings[coding_key("b1", "u8")].bytes)
 
 
 def test_codings_may_be_given_which_leaves_plain_neurosurgeon() -> None:
     """Raw float32 at every boundary, no exits: Kang et al., 2017."""
     line = _line()
-    raw = {boundary.name: {"raw": None} for boundary in line.bundle.boundaries[:-1]}
-    options = build(line.bundle, line.device, line.cloud, codings=raw)
+    raw = {boundary.name: {"raw": Sent()} for boundary in line.bundle.boundaries[:-1]}
+    options = build(msgspec.structs.replace(line.bundle, codings=raw, exits=()), line.device, line.cloud)
     assert [option.name for option in options] == ["local", "input as raw", "b0 as raw", "b1 as raw"]
     assert [option.bytes for option in options] == [0, 20, 24, 28]
     link = Link(1e4, 0.01)
@@ -210,13 +215,14 @@ def _line() -> Line:
     """One fixed line: two inner boundaries, an exit at each."""
     pairs = [(INPUT, "b0"), (INPUT, "b1"), (INPUT, OUTPUT), ("b0", "b1"), ("b0", OUTPUT), ("b1", OUTPUT)]
     seconds = [0.01, 0.02, 0.04, 0.012, 0.033, 0.021]
-    bundle = bundle_of(2, [("e0", "b0"), ("e1", "b1")], {"b0": {"u8": 0.9}, "b1": {"u8": 0.8}})
+    exits = [Exit(f"e{at}", f"b{at}", Tensor(f"l{at}", "float32", (-1, 10))) for at in range(2)]
+    bundle = bundle_of(2, exits, {"b0": {"u8": Sent(0.9)}, "b1": {"u8": Sent(0.8)}})
     cost = {coding_key(name, "u8"): CodingCost(0.001, 0.001, size) for name, size in (("b0", 8000), ("b1", 4000))}
     device = Profile(
         "device", VERSION, 1, pieces=dict(zip((piece_key(*pair) for pair in pairs), seconds)), codings=cost
     )
     tails = {piece_key(name, OUTPUT): 0.004 for name in (INPUT, "b0", "b1")}
-    return Line(bundle, device, Profile("cloud", VERSION, 4, pieces=tails), (), (), ())
+    return Line(bundle, device, Profile("cloud", VERSION, 4, pieces=tails), (), ())
 
 
 LOCAL, CLOUD = _option("local", worst_s=0.100), _option(INPUT, size=20_000, tail_s=0.01)

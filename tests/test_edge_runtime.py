@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from fedge.core.errors import BadBundle, DataError, FedgeError, ModelError, RefusedTensor
 from fedge.edge import bundle as bundles
-from fedge.edge.bundle import INPUT, OUTPUT, WEIGHTS, Boundary, Bundle, Exit, Piece, Tensor
+from fedge.edge.bundle import INPUT, OUTPUT, WEIGHTS, Boundary, Bundle, Exit, Piece, Sent, Tensor
 from fedge.edge.plan.profile import decode, encode
 from fedge.edge.runtime import cache as caches
 from fedge.edge.runtime import memory
@@ -96,7 +96,7 @@ def make(folder):
         (folder / f"pieces/{name}.onnx").write_bytes(graph(operators, inputs, outputs, held))
         pieces.append(Piece(f"pieces/{name}.onnx", *ends, inputs, outputs, exits))
     line = (Boundary(INPUT, (IMAGE,), 0), Boundary("middle", (FEATURES,), 3), Boundary(OUTPUT, (LOGITS,), 7))
-    codings = {"middle": {"f16": None, "u8+zlib": 0.9}}
+    codings = {"middle": {"f16": Sent(), "u8+zlib": Sent(0.9)}}
     leaves = (Exit("early", "middle", EARLY),)
     bundles.write(folder, Bundle(1, "", "demo", line, tuple(pieces), {}, leaves, codings=codings))
     return bundles.load(folder)

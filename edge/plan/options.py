@@ -5,32 +5,21 @@ expectation over who leaves early. Must never choose.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import msgspec
 import numpy as np
 
 from fedge.core.errors import DataError
-from fedge.edge.bundle import INPUT, OUTPUT, Boundary, Bundle
+from fedge.edge.bundle import INPUT, OUTPUT, Boundary, Bundle, Exit, Sent
+from fedge.edge.exits.rules import NEVER
 from fedge.edge.plan.link import Link
 from fedge.edge.plan.profile import CodingCost, Profile, coding_key, piece_key
 from fedge.edge.plan.scale import Scale
 
 RAW = "raw"
 AS_PROFILED = Scale()
-
-
-class ExitStat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What held-out data gave for one exit: the share of all samples that leave here (not at an earlier exit), how
-    many of these the exit answers right, and how many of the same samples the whole model answers right.
-    """
-
-    name: str
-    share: float
-    accuracy: float = 0.0
-    final_accuracy: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,27 +63,19 @@ class Option:
         return scale.device * self.encode_s + network_s + scale.cloud * (self.decode_s + self.tail_s)
 
 
-def build(
-    bundle: Bundle,
-    device: Profile,
-    cloud: Profile | None,
-    exits: Sequence[ExitStat] = (),
-    codings: Mapping[str, Mapping[str, float | None]] | None = None,
-) -> tuple[Option, ...]:
+def build(bundle: Bundle, device: Profile, cloud: Profile | None) -> tuple[Option, ...]:
     """Every option that was measured: local first, then the raw input to the cloud, then the others along the line.
 
-    No `cloud` leaves the local ones. `codings` (boundary -> coding -> accuracy on held-out data) stands in for the
-    bundle's. An exit without statistics counts as one that nobody takes. An option is left out where a profile lacks
-    one of its pieces or codings. Raises DataError where profiles are of another bundle or lack one of the two ends,
-    and where statistics are no probabilities.
+    No `cloud` leaves the local ones. An exit that no held-out sample took is not used. An option is left out where a
+    profile lacks one of its pieces or codings. Raises DataError where profiles are of another bundle or lack one of the
+    two ends, and where the statistics of exits are no probabilities.
     """
     if any(profile.version != bundle.version for profile in (device, cloud) if profile):
         raise DataError("A profile is of another bundle than the one to plan for; measure the machine again.")
-    offered = bundle.codings if codings is None else codings
-    stats = _in_order(bundle, exits)
+    stats = _in_order(bundle)
     found: list[Option] = []
-    for way in _ways(bundle, offered, cloud):
-        sending = _sending(bundle, device, cloud, way.boundary, way.coding or RAW)
+    for way in _ways(bundle, cloud):
+        sending = _sending(bundle, device, cloud, way)
         heads = _heads(bundle, device, way.boundary or OUTPUT, stats)
         fresh = [_option(device, way, head, sending) for head in heads if way.boundary is None or sending]
         if way.needed and not fresh:
@@ -109,7 +90,7 @@ class _Way:
 
     boundary: str | None
     coding: str | None
-    accuracy: float | None
+    sent: Sent
 
     @property
     def needed(self) -> bool:
@@ -124,27 +105,26 @@ class _Way:
 @dataclass(frozen=True, slots=True)
 class _Head:
     pieces: tuple[tuple[str, str], ...]
-    exits: tuple[ExitStat, ...]
+    exits: tuple[Exit, ...]
     reached: tuple[float, ...]  # the share of samples for which each piece runs
     sent: float
 
 
-def _ways(bundle: Bundle, offered: Mapping[str, Mapping[str, float | None]], cloud: Profile | None) -> list[_Way]:
-    known = (offered[boundary.name].get(RAW) for boundary in bundle.boundaries if boundary.name in offered)
+def _ways(bundle: Bundle, cloud: Profile | None) -> list[_Way]:
+    offered = {boundary.name: bundle.codings.get(boundary.name, {}) for boundary in bundle.boundaries[:-1]}
+    known = (codings[RAW].accuracy for codings in offered.values() if RAW in codings)
     whole = next((accuracy for accuracy in known if accuracy is not None), None)  # raw changes nothing, wherever sent
-    ways = [_Way(None, None, whole)]
+    ways = [_Way(None, None, Sent(whole))]
     if cloud is None:
         return ways
-    ways.append(_Way(INPUT, RAW, whole))
-    sendable = [
-        (boundary.name, coding) for boundary in bundle.boundaries[:-1] for coding in offered.get(boundary.name, {})
-    ]
+    ways.append(_Way(INPUT, RAW, Sent(whole)))
+    sendable = [(name, coding) for name, codings in offered.items() for coding in codings]
     return ways + [
         _Way(name, coding, offered[name][coding]) for name, coding in sendable if (name, coding) != (INPUT, RAW)
     ]
 
 
-def _heads(bundle: Bundle, device: Profile, target: str, stats: Sequence[tuple[str, ExitStat]]) -> list[_Head]:
+def _heads(bundle: Bundle, device: Profile, target: str, stats: Sequence[tuple[str, Exit]]) -> list[_Head]:
     """The pieces from the input to `target`: without exits, and with those on the way where there are any."""
     order = [boundary.name for boundary in bundle.boundaries]
     passed = [(place, stat) for place, stat in stats if order.index(place) <= order.index(target) and target != INPUT]
@@ -184,24 +164,23 @@ def _option(device: Profile, way: _Way, head: _Head, sending: tuple[CodingCost, 
         decode_s=cost.decode_s,
         tail_s=tail_s,
         memory_bytes=None if None in memory else sum(size or 0 for size in memory),
-        accuracy=None if way.accuracy is None else way.accuracy + gained,
+        accuracy=None if way.sent.accuracy is None else way.sent.accuracy + gained,
     )
 
 
-def _sending(
-    bundle: Bundle, device: Profile, cloud: Profile | None, boundary: str | None, coding: str
-) -> tuple[CodingCost, float] | None:
+def _sending(bundle: Bundle, device: Profile, cloud: Profile | None, way: _Way) -> tuple[CodingCost, float] | None:
     """What coding, bytes and tail cost; None where nothing is sent or it was not measured, which raw need not be."""
-    if boundary is None or cloud is None:
+    if way.boundary is None or way.coding is None or cloud is None:
         return None
-    key, tail_s = coding_key(boundary, coding), cloud.pieces.get(piece_key(boundary, OUTPUT))
+    key, tail_s = coding_key(way.boundary, way.coding), cloud.pieces.get(piece_key(way.boundary, OUTPUT))
     cost = device.codings.get(key)
-    if cost is None and coding == RAW:
-        cost = CodingCost(0.0, 0.0, raw_bytes(bundle.boundary(boundary)))
+    if cost is None and way.coding == RAW:
+        cost = CodingCost(0.0, 0.0, raw_bytes(bundle.boundary(way.boundary)))
     if cost is None or tail_s is None:
         return None
     decode_s = cloud.codings.get(key, cost).decode_s
-    return CodingCost(cost.encode_s, decode_s, cost.bytes), tail_s
+    size = cost.bytes if way.sent.bytes is None else way.sent.bytes  # real samples tell more than a profile's one
+    return CodingCost(cost.encode_s, decode_s, size), tail_s
 
 
 def raw_bytes(boundary: Boundary) -> int:
@@ -214,16 +193,14 @@ def raw_bytes(boundary: Boundary) -> int:
     return sum(size * extent for size, extent in zip(sizes, extents))
 
 
-def _in_order(bundle: Bundle, exits: Sequence[ExitStat]) -> list[tuple[str, ExitStat]]:
-    """(boundary, statistics) of the exits that somebody takes, along the line."""
+def _in_order(bundle: Bundle) -> list[tuple[str, Exit]]:
+    """(boundary, exit) for the exits that somebody takes, in order."""
     order = {boundary.name: index for index, boundary in enumerate(bundle.boundaries)}
-    places = {leave.name: leave.boundary for leave in bundle.exits}
-    figures = [figure for stat in exits for figure in (stat.share, stat.accuracy, stat.final_accuracy)]
-    if not all(0 <= figure <= 1 for figure in figures) or sum(stat.share for stat in exits) > 1 + 1e-6:
+    figures = [figure for leave in bundle.exits for figure in (leave.share, leave.accuracy, leave.final_accuracy)]
+    if not all(0 <= figure <= 1 for figure in figures) or sum(leave.share for leave in bundle.exits) > 1 + 1e-6:
         raise DataError(
             "Shares and accuracies of exits lie in [0, 1] and shares add up to 1 at most; measure them again."
         )
-    if len({stat.name for stat in exits}) != len(exits) or not {stat.name for stat in exits} <= places.keys():
-        raise DataError("The statistics name an exit twice, or one that the bundle lacks; measure them again.")
-    used = [(places[stat.name], stat) for stat in exits if stat.share > 0 and places[stat.name] not in (INPUT, OUTPUT)]
+    taken = [leave for leave in bundle.exits if leave.share > 0 and leave.threshold < NEVER]
+    used = [(leave.boundary, leave) for leave in taken if leave.boundary not in (INPUT, OUTPUT)]
     return sorted(used, key=lambda place: order[place[0]])

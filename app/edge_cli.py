@@ -1,0 +1,265 @@
+"""The commands of `fedge edge`: cut a model, measure machines, plan, serve the tail, infer on a device.
+
+Owns arguments and what is printed. Must never hold logic.
+"""
+
+import asyncio
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedge.printing import Json, note, say, table
+
+if TYPE_CHECKING:
+    from fedge.edge.bundle import Bundle
+    from fedge.edge.cloud.session import Answer
+    from fedge.edge.plan.planner import Plan
+    from fedge.edge.plan.profile import Profile
+
+edge = typer.Typer(name="edge", help="Split and early-exit inference between a device and a cloud.")
+
+BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by export.", show_default=False)]
+CloudAddress = Annotated[str | None, typer.Option(help="host:port of `fedge edge serve`.")]
+Deadline = Annotated[float, typer.Option(help="Seconds within which every answer is wanted.")]
+Accuracy = Annotated[float | None, typer.Option(help="The least accuracy on held-out data.")]
+KeepInput = Annotated[bool, typer.Option("--keep-input", help="The input itself must not leave the device.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of each session.")]
+ProfileFile = Annotated[Path | None, typer.Option("--profile", help="What bench measured on this machine.")]
+
+
+@edge.callback(invoke_without_command=True)
+def _edge(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@edge.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The new folder.", show_default=False)],
+    cut: Annotated[list[str], typer.Option(help="A tensor to cut at; repeatable. Else where data shrink.")] = [],  # noqa: B006
+    exit: Annotated[list[str], typer.Option(metavar="NAME=TENSOR", help="An early exit's logits; repeatable.")] = [],  # noqa: A002, B006
+    image: Annotated[str, typer.Option(metavar="HxW", help="Make pictures of this size the input.")] = "",
+    mean: Annotated[str, typer.Option(help="R,G,B taken off pixels in [0, 1].")] = "0,0,0",
+    std: Annotated[str, typer.Option(help="R,G,B by which they are divided then.")] = "1,1,1",
+    data: Annotated[Path | None, typer.Option(help="Held-out samples: an .npz with x, and y if known.")] = None,
+    lose: Annotated[float, typer.Option(help="Share of answers that early exits may spoil.")] = 0.01,
+    json: Json = False,
+) -> None:
+    """Cut an ONNX model into a bundle that devices and clouds run; with data, calibrate its exits and codings."""
+    from fedge import edge_inputs
+    from fedge.edge.assess import assess
+    from fedge.edge.split.export import export as cut_up
+
+    exits = [edge_inputs.pair(one) for one in exit]
+    size = edge_inputs.image(image, mean, std) if image else None
+    held_out = edge_inputs.samples(data) if data else None
+    made = cut_up(model, folder, cuts=cut or None, exits=exits, image=size)
+    if held_out is not None:
+        made = assess(folder, *held_out, lose=lose)
+    _show_bundle(made, folder, json)
+
+
+@edge.command()
+def bench(
+    bundle: BundleFolder,
+    sample: Annotated[Path | None, typer.Option(help="An input (.npy or a picture); else noise.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the profile goes.")] = None,
+    threads: Threads = 1,
+    json: Json = False,
+) -> None:
+    """Measure every piece and coding of a bundle on this machine, and write its profile."""
+    import msgspec
+
+    from fedge import edge_inputs
+    from fedge.edge import bundle as bundles
+    from fedge.edge.plan import profile as profiles
+
+    loaded = bundles.load(bundle)
+    found = _measured(bundle, loaded, threads, edge_inputs.read(sample, loaded) if sample else None)
+    if out:
+        profiles.save(out, found)
+    if json:
+        say(msgspec.to_builtins(found), json, "")
+        return
+    rows = [
+        (key, f"{1e3 * seconds:.3f}", _megabytes(found.memory_bytes.get(key))) for key, seconds in found.pieces.items()
+    ]
+    table(("piece", "ms", "MB"), rows)
+    codings = [
+        (key, f"{1e3 * cost.encode_s:.3f}", f"{1e3 * cost.decode_s:.3f}", f"{cost.bytes:.0f}")
+        for key, cost in found.codings.items()
+    ]
+    if codings:
+        table(("coding", "encode ms", "decode ms", "bytes"), codings)
+    typer.echo(str(out) if out else "(not kept; name a file with --out)")
+
+
+@edge.command()
+def plan(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A bundle, or an ONNX file.", show_default=False)],
+    device: Annotated[Path | None, typer.Option(help="The device's profile; else this machine's.")] = None,
+    cloud: Annotated[Path | None, typer.Option(help="The cloud's profile; else this machine's.")] = None,
+    slower: Annotated[float, typer.Option(help="The device is so many times slower than its profile.")] = 1.0,
+    bandwidth: Annotated[float, typer.Option(help="Mbit/s from device to cloud.")] = 10.0,
+    rtt: Annotated[float, typer.Option(help="Milliseconds of a round trip.")] = 20.0,
+    deadline: Annotated[float | None, typer.Option(help="Seconds, also where no exit answers.")] = None,
+    memory: Annotated[float | None, typer.Option(help="Megabytes that the device has for sessions.")] = None,
+    energy: Annotated[str, typer.Option(metavar="J,J/B", help="Joules per sample, joules per byte sent.")] = "",
+    accuracy: Accuracy = None,
+    keep_input: KeepInput = False,
+    figure: Annotated[Path | None, typer.Option(help="Draw latency against bandwidth into this PNG.")] = None,
+    json: Json = False,
+) -> None:
+    """What to run where: every option's latency on a link, the bounds it breaks, and the fastest that keeps all."""
+    from fedge import edge_inputs, edge_plan
+    from fedge.edge.plan.link import Link
+    from fedge.edge.plan.planner import Bounds
+
+    joules, per_byte = edge_inputs.numbers(energy, 2) if energy else (None, 0.0)
+    size = None if memory is None else int(memory * 1e6)
+    bounds = Bounds(deadline, size, joules, per_byte or 0.0, accuracy, keep_input)
+    link = Link(bandwidth * 1e6, rtt / 1e3)
+    found = edge_plan.of(model, device, cloud, slower, link, bounds)
+    if figure:
+        from fedge.edge_figures import draw_plan
+
+        draw_plan(figure, [row.option for row in found.rows], link, bounds)
+    _show_plan(found, json, figure)
+
+
+@edge.command()
+def serve(
+    bundle: BundleFolder,
+    listen: Annotated[str, typer.Option(help="host:port.")] = "127.0.0.1:7444",
+    profile: ProfileFile = None,
+    threads: Threads = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Batches that run at the same time.")] = 2,
+    insecure_remote: Annotated[
+        bool, typer.Option("--insecure-remote", help="Let other machines connect although there is no TLS.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Answer for devices that send what they have at a cut, until SIGTERM."""
+    from fedge.edge.cloud.serving import serve_tail
+    from fedge.edge.plan import profile as profiles
+
+    asyncio.run(
+        serve_tail(
+            bundle,
+            listen=listen,
+            profile=profiles.load(profile) if profile else None,
+            threads=threads,
+            workers=workers,
+            on_listening=lambda address: say({"listening": address}, json, f"listening on {address}"),
+            allow_remote=insecure_remote,
+        )
+    )
+
+
+@edge.command()
+def infer(
+    bundle: BundleFolder,
+    inputs: Annotated[list[Path], typer.Argument(help="Pictures, or .npy files.", show_default=False)],
+    cloud: CloudAddress = None,
+    deadline: Deadline = 1.0,
+    accuracy: Accuracy = None,
+    keep_input: KeepInput = False,
+    profile: ProfileFile = None,
+    threads: Threads = 1,
+    json: Json = False,
+) -> None:
+    """Answer for each input by its deadline, with the cloud's help or without; says who answered, and why."""
+    from fedge import edge_inputs
+    from fedge.edge.cloud.session import Session
+    from fedge.edge.plan import profile as profiles
+    from fedge.edge.plan.planner import Bounds
+
+    known = profiles.load(profile) if profile else None
+    bounds = Bounds(accuracy=accuracy, keep_input=keep_input)
+    answers: list[dict[str, Any]] = []
+    with Session(bundle, cloud, deadline_s=deadline, bounds=bounds, profile=known, threads=threads) as session:
+        arrays = [edge_inputs.read(path, session.bundle) for path in inputs]
+        if cloud and not session.wait_for_cloud(deadline):
+            note(f"no answer from {cloud} yet; the device begins by itself")
+        for path, array in zip(inputs, arrays):
+            answers.append(_told(str(path), session.infer(array), session.bundle))
+            if not json:
+                typer.echo(_line(answers[-1]))
+    if json:
+        say({"answers": answers}, json, "")
+
+
+# ---- printing ----------------------------------------------------------------------------------
+
+
+def _measured(folder: Path, bundle: "Bundle", threads: int, sample: Any) -> "Profile":
+    from fedge.edge.runtime.measure import profile_bundle
+
+    inputs = None if sample is None else {bundle.boundary("input").tensors[0].name: sample}
+    return profile_bundle(folder, bundle, threads=threads, inputs=inputs)
+
+
+def _show_bundle(made: "Bundle", folder: Path, json: bool) -> None:
+    import msgspec
+
+    if json:
+        say({**msgspec.to_builtins(made), "folder": str(folder)}, json, "")
+        return
+    rows = []
+    for boundary in made.boundaries:
+        shapes = "  ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in boundary.tensors)
+        leaves = [leave for leave in made.exits if leave.boundary == boundary.name]
+        told = ", ".join(f"{leave.name} from {leave.threshold:.3g}: {leave.share:.0%} leave" for leave in leaves)
+        rows.append((boundary.name, str(boundary.position), shapes, told))
+    table(("boundary", "operators before", "what crosses", "exits"), rows)
+    typer.echo(f"{folder}  version {made.version[:12]}, {len(made.pieces)} pieces")
+
+
+def _show_plan(found: "Plan", json: bool, figure: Path | None) -> None:
+    rows = sorted(found.rows, key=lambda row: (bool(row.breaks), row.latency_s))
+    if json:
+        told = [{"name": row.option.name, **asdict(row)} for row in rows]
+        say({"choice": found.choice.name, "options": told, "figure": str(figure) if figure else None}, json, "")
+        return
+    cells = [
+        (
+            ("* " if row.option is found.choice else "  ") + row.option.name,
+            f"{1e3 * row.latency_s:.2f}",
+            f"{1e3 * row.longest_s:.2f}",
+            f"{row.option.sent:.0%}",
+            f"{row.option.bytes:.0f}",
+            "-" if row.option.accuracy is None else f"{row.option.accuracy:.2%}",
+            _megabytes(row.option.memory_bytes),
+            ", ".join(row.breaks),
+        )
+        for row in rows
+    ]
+    table(("option", "ms", "longest ms", "asks", "bytes", "accuracy", "MB", "breaks"), cells)
+    if figure:
+        typer.echo(str(figure))
+
+
+def _megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.1f}"
+
+
+def _told(path: str, answer: "Answer", bundle: "Bundle") -> dict[str, Any]:
+    """An answer as data; the class where the output is a row of logits."""
+    told = {key: value for key, value in asdict(answer).items() if key != "outputs"} | {"input": path}
+    output = answer.output
+    if output is not None and output.ndim == 2 and len(output) == 1:
+        best = int(output.argmax())
+        told["class"] = bundle.classes[best] if best < len(bundle.classes) else best
+    if output is not None:
+        told["shape"] = list(output.shape)
+    return told
+
+
+def _line(told: dict[str, Any]) -> str:
+    found = told.get("class", told.get("shape", "no answer"))
+    late = " LATE" if told["late"] else ""
+    why = f"  ({told['reason']})" if told["reason"] else ""
+    return f"{told['input']}: {found}  by {told['label']} in {1e3 * told['latency_s']:.1f} ms{late}{why}"

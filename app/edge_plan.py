@@ -1,0 +1,64 @@
+"""A plan for a bundle, or for an ONNX file that is not cut yet, out of profiles or of measurements here."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from fedge.core.errors import ExperimentError
+from fedge.edge import bundle as bundles
+from fedge.edge.bundle import Bundle
+from fedge.edge.plan import options, planner, profile
+from fedge.edge.plan.link import Link
+from fedge.edge.plan.planner import Bounds, Plan
+from fedge.edge.plan.profile import CodingCost, Profile
+
+
+def of(model: Path, device: Path | None, cloud: Path | None, slower: float, link: Link, bounds: Bounds) -> Plan:
+    """The plan for the bundle or ONNX file `model` on this link; a missing profile is measured here.
+
+    The device is `slower` times slower than its profile. Raises the errors of loading, measuring and planning.
+    """
+    if not 0 < slower < float("inf"):
+        raise ExperimentError(f"--slower {slower}: give a factor above 0.")
+    if model.is_dir():
+        return _planned(model, bundles.load(model), device, cloud, slower, link, bounds)
+    from fedge.edge.split.export import export
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bundle"
+        made = _with_codings(path, export(model, path))
+        return _planned(path, made, device, cloud, slower, link, bounds)
+
+
+def _with_codings(path: Path, bundle: Bundle) -> Bundle:
+    """Every coding that suits, of unknown accuracy."""
+    from fedge.edge.assess import suited
+
+    offered = {boundary.name: dict.fromkeys(suited(boundary), bundles.Sent()) for boundary in bundle.boundaries[:-1]}
+    return bundles.write(path, msgspec.structs.replace(bundle, codings=offered))
+
+
+def _planned(
+    path: Path, bundle: Bundle, device: Path | None, cloud: Path | None, slower: float, link: Link, bounds: Bounds
+) -> Plan:
+    @functools.cache
+    def here() -> Profile:
+        from fedge.edge.runtime.measure import profile_bundle
+
+        return profile_bundle(path, bundle)
+
+    def at(known: Path | None) -> Profile:
+        return profile.load(known) if known else here()
+
+    return planner.plan(options.build(bundle, _slowed(at(device), slower), at(cloud)), link, bounds)
+
+
+def _slowed(known: Profile, factor: float) -> Profile:
+    codings = {
+        key: CodingCost(factor * cost.encode_s, factor * cost.decode_s, cost.bytes)
+        for key, cost in known.codings.items()
+    }
+    pieces = {key: factor * seconds for key, seconds in known.pieces.items()}
+    return msgspec.structs.replace(known, pieces=pieces, codings=codings)

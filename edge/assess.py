@@ -1,0 +1,212 @@
+"""What a bundle is worth on held-out samples: exits calibrated, thresholds chosen, every coding's accuracy and bytes.
+
+Owns the runs over the samples and the new description of the bundle. For its figures to mean anything it must never see
+the samples that a model was trained on, nor those of the final test.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from fedge.core.errors import DataError, ExperimentError, RefusedTensor
+from fedge.core.params import Array
+from fedge.edge import bundle as bundles
+from fedge.edge.bundle import INPUT, OUTPUT, Boundary, Bundle, Exit, Sent
+from fedge.edge.coding import codings
+from fedge.edge.exits.calibrate import choose_thresholds, temperature
+from fedge.edge.runtime.sessions import Runner, open_piece
+from fedge.edge.runtime.tensors import check
+
+IMAGE_CODINGS = ("raw", "png", "jpeg90", "jpeg75")
+FLOAT_CODINGS = ("raw", "f16", "u8+zstd", "u8c@99.9+zstd")
+OTHER_CODINGS = ("raw", "raw+zstd")
+BATCH = 32  # samples at a time where the model's batch is free
+
+Judge = Callable[[Array, Array], Array]
+
+
+def same_class(output: Array, truth: Array) -> Array:
+    """Which of the samples' logits [n, C] name the class [n], or the class that other logits [n, C] name."""
+    named = truth if truth.ndim == 1 else truth.argmax(axis=-1)
+    right: Array = output.argmax(axis=-1) == named
+    return right
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the samples left behind, one entry per batch: logits of the exits, outputs, and what each coding gave."""
+
+    exits: dict[str, list[Array]] = field(default_factory=dict)
+    outputs: list[Array] = field(default_factory=list)
+    right: dict[tuple[str, str], list[Array]] = field(default_factory=dict)
+    sizes: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    unfit: set[tuple[str, str]] = field(default_factory=set)
+
+
+def assess(
+    folder: Path,
+    x: Array,
+    y: Array | None = None,
+    *,
+    lose: float = 0.01,
+    rule: str = "confidence",
+    tried: Mapping[str, Sequence[str]] | None = None,
+    judge: Judge = same_class,
+) -> Bundle:
+    """Measure the bundle in `folder` on samples `x` [n, ...] with the truth `y` [n, ...], and describe it anew.
+
+    The exits' thresholds are the lowest with which, surely enough, at most `lose` of the full model's accuracy is lost;
+    without `y`, with which at most so many answers differ from the full model's. `tried` names the codings of a
+    boundary; by default a few that suit its type. `judge(outputs [n, ...], truth) -> [n]` in [0, 1] says how right an
+    answer is, the truth being `y` or the full model's outputs. The bundle's version changes, so deploy it again.
+
+    Raises DataError where there is no sample or the truth has another length, RefusedTensor where samples do not fit
+    the model, ExperimentError where `lose` is outside [0, 1].
+    """
+    bundle = bundles.load(folder)
+    _check(bundle, x, y, lose)
+    wanted = {
+        boundary.name: tuple(tried[boundary.name] if tried and boundary.name in tried else suited(boundary))
+        for boundary in bundle.boundaries[:-1]
+    }
+    seen = _run(folder, bundle, x, y, wanted, judge)
+    measured = {
+        name: {coding: Sent(float(np.mean(np.concatenate(seen.right[name, coding]))), _mean(seen.sizes[name, coding]))
+               for coding in named if (name, coding) not in seen.unfit}
+        for name, named in wanted.items()
+    }  # fmt: skip
+    exits = _calibrated(bundle, seen, y, lose, rule) if bundle.exits else ()
+    return bundles.write(folder, msgspec.structs.replace(bundle, codings=measured, exits=exits, rule=rule))
+
+
+def _check(bundle: Bundle, x: Array, y: Array | None, lose: float) -> None:
+    if not len(x):
+        raise DataError("There is no held-out sample; give some that the model was not trained on.")
+    if y is not None and len(y) != len(x):
+        raise DataError(f"There are {len(x)} samples and {len(y)} answers; give one answer per sample.")
+    if not 0 <= lose <= 1:
+        raise ExperimentError(f"{lose} is no share of answers that may be lost; give one from 0 to 1.")
+    tensors = bundle.boundary(INPUT).tensors
+    if len(tensors) > 1:
+        raise DataError("The model has several inputs; only models with one can be assessed.")
+    check(tensors, {tensors[0].name: x[:1]})
+
+
+def suited(boundary: Boundary) -> Sequence[str]:
+    """Codings that suit the tensors of a boundary."""
+    if len(boundary.tensors) == 1 and boundary.tensors[0].dtype == "uint8" and boundary.tensors[0].shape[3:] == (3,):
+        return IMAGE_CODINGS
+    floats = all(tensor.dtype.startswith("float") for tensor in boundary.tensors)
+    return FLOAT_CODINGS if floats else OTHER_CODINGS
+
+
+class _Line:
+    """The pieces that are needed to reach every boundary, and to go to the end from it."""
+
+    def __init__(self, folder: Path, bundle: Bundle, stack: ExitStack) -> None:
+        self._open: dict[tuple[str, str], Runner] = {}
+        self._folder, self._bundle, self._stack = folder, bundle, stack
+
+    def run(self, start: str, end: str, values: Mapping[str, Array]) -> dict[str, Array]:
+        """The tensors at `end`, and the logits of exits on the way."""
+        if (start, end) not in self._open:
+            runner = open_piece(self._folder, self._bundle, start, end)
+            self._stack.callback(runner.close)
+            self._open[start, end] = runner
+        return self._open[start, end].run(values)
+
+
+def _run(
+    folder: Path, bundle: Bundle, x: Array, y: Array | None, wanted: Mapping[str, Sequence[str]], judge: Judge
+) -> _Seen:
+    seen = _Seen()
+    tensor = bundle.boundary(INPUT).tensors[0]
+    size = BATCH if tensor.shape[0] < 0 else tensor.shape[0]
+    if len(x) % size and tensor.shape[0] > 0:
+        raise DataError(f"The model takes {size} samples at a time; give a multiple of it.")
+    with ExitStack() as stack:
+        pieces = _Line(folder, bundle, stack)
+        for at in range(0, len(x), size):
+            reached = _walk(pieces, bundle, {tensor.name: x[at : at + size]}, seen)
+            truth = seen.outputs[-1] if y is None else y[at : at + size]
+            for name, named in wanted.items():
+                for coding in (one for one in named if (name, one) not in seen.unfit):
+                    _send(pieces, bundle, name, coding, reached[name], truth, judge, seen)
+    return seen
+
+
+def _walk(pieces: _Line, bundle: Bundle, values: dict[str, Array], seen: _Seen) -> dict[str, dict[str, Array]]:
+    """The tensors at every boundary; logits of exits and the output go to `seen`."""
+    leaves = {leave.boundary: leave for leave in bundle.exits}
+    reached, start = {INPUT: values}, INPUT
+    for boundary in bundle.boundaries[1:]:
+        found = pieces.run(start, boundary.name, reached[start])
+        reached[boundary.name] = {tensor.name: found[tensor.name] for tensor in boundary.tensors}
+        if boundary.name in leaves:
+            start = boundary.name
+            for leave in bundle.exits:
+                if leave.logits.name in found:
+                    seen.exits.setdefault(leave.name, []).append(found[leave.logits.name])
+    seen.outputs.append(_output(bundle, reached[OUTPUT]))
+    return reached
+
+
+def _output(bundle: Bundle, values: Mapping[str, Array]) -> Array:
+    return values[bundle.boundary(OUTPUT).tensors[0].name]
+
+
+def _send(
+    pieces: _Line,
+    bundle: Bundle,
+    name: str,
+    coding: str,
+    values: Mapping[str, Array],
+    truth: Array,
+    judge: Judge,
+    seen: _Seen,
+) -> None:
+    """Code each sample by itself, as a device would, and let the tail answer what comes out of it."""
+    tensors = bundle.boundary(name).tensors
+    count = len(next(iter(values.values())))
+    free = all(tensor.shape and tensor.shape[0] < 0 for tensor in tensors)
+    parts = [slice(at, at + 1) for at in range(count)] if free else [slice(None)]
+    decoded: dict[str, list[Array]] = {tensor.name: [] for tensor in tensors}
+    try:
+        for part in parts:
+            coded = [codings.encode(tensor.name, values[tensor.name][part], coding) for tensor in tensors]
+            seen.sizes.setdefault((name, coding), []).append(sum(len(one.data) for one in coded))
+            for one, tensor in zip(coded, tensors):
+                decoded[tensor.name].append(codings.decode(one, tensor))
+    except RefusedTensor:  # these values do not fit the coding: it is not offered
+        seen.unfit.add((name, coding))
+        return
+    found = pieces.run(name, OUTPUT, {key: np.concatenate(rows) for key, rows in decoded.items()})
+    right = np.asarray(judge(_output(bundle, found), truth), np.float64)
+    seen.right.setdefault((name, coding), []).append(right)
+
+
+def _mean(sizes: Sequence[int]) -> float:
+    return float(np.mean(sizes))
+
+
+def _calibrated(bundle: Bundle, seen: _Seen, y: Array | None, lose: float, rule: str) -> tuple[Exit, ...]:
+    """The exits with temperatures, thresholds, and what they did."""
+    final = np.concatenate(seen.outputs)
+    logits = [np.concatenate(seen.exits[leave.name]) for leave in bundle.exits]
+    truth = final.argmax(axis=1) if y is None else np.asarray(y, np.int64)
+    full = 1.0 if y is None else float(np.mean(final.argmax(axis=1) == truth))
+    places = {boundary.name: boundary.position for boundary in bundle.boundaries}
+    chosen = choose_thresholds(
+        logits,
+        final,
+        None if y is None else truth,
+        wanted=max(full - lose, 0.0),
+        temperatures=[temperature(one, truth) for one in logits],
+        work=[*(float(places[leave.boundary]) for leave in bundle.exits), float(places[OUTPUT])],
+        rule=rule,
+    )
+    return chosen.put(bundle.exits)

@@ -1,0 +1,87 @@
+"""What the device does next: the plan, revised between requests while the link changes.
+
+Without a usable line the choice is among what needs none. A choice is only made public once its pieces are open, so
+that no request waits for one to load. Must never run a sample.
+"""
+
+import logging
+import threading
+import time
+from dataclasses import replace
+
+from fedge.core.errors import FedgeError
+from fedge.edge.bundle import INPUT, Bundle
+from fedge.edge.cloud.device import Device
+from fedge.edge.cloud.uplink import Uplink
+from fedge.edge.plan import options as choices
+from fedge.edge.plan import replan
+from fedge.edge.plan.link import OFFLINE, Link
+from fedge.edge.plan.options import Option
+from fedge.edge.plan.planner import Bounds
+from fedge.edge.plan.profile import Profile
+from fedge.edge.plan.replan import Replanner
+from fedge.edge.plan.scale import cloud_took
+
+log = logging.getLogger("fedge")
+PERIOD_S = 0.1  # between two looks at the link
+
+
+class Pilot:
+    """Keeps `choice` up to date in a thread of its own. Raises DataError for a device profile of another bundle.
+
+    Bounds that no local option keeps are not kept without a cloud: a poorer answer is better than none.
+    """
+
+    def __init__(self, bundle: Bundle, device: Device, bounds: Bounds, uplink: Uplink | None) -> None:
+        self._bundle, self._device, self._bounds, self._uplink = bundle, device, bounds, uplink
+        self._planned_for: Profile | None = None
+        self._replanner: Replanner | None = None
+        local = choices.build(bundle, device.profile, None)
+        self._local = replan.best(local, OFFLINE, replace(bounds, accuracy=None, memory_bytes=None))
+        self.choice = self._local
+        self._ready(self._local)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pilot", daemon=True)
+        self._thread.start()
+
+    def cloud_took(self, option: Option, observed_s: float) -> None:
+        """The cloud says that it spent so long on a request of this option."""
+        self._device.scale = cloud_took(self._device.scale, observed_s, option.decode_s + option.tail_s)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._uplink and not self._closed.wait(PERIOD_S):
+            try:
+                self._step(self._uplink, time.monotonic())
+            except FedgeError as error:
+                log.warning("planning goes on without the cloud: %s", error)
+                self.choice, self._planned_for = self._local, None
+                self._closed.wait(10 * PERIOD_S)
+
+    def _step(self, uplink: Uplink, now: float) -> None:
+        uplink.tend(now)
+        link = uplink.link()
+        if not uplink.usable or link is None or uplink.profile is None:
+            self.choice = self._local
+            return
+        if self._replanner is None or uplink.profile is not self._planned_for:
+            self._replanner, self._planned_for = self._afresh(uplink.profile, link), uplink.profile
+        else:
+            self._replanner = replan.step(self._replanner, link, self._device.scale)
+        if self._replanner.choice is not self.choice:
+            self._ready(self._replanner.choice)
+            log.info("from now on: %s", self._replanner.choice.name)
+            self.choice = self._replanner.choice
+
+    def _afresh(self, cloud: Profile, link: Link) -> Replanner:
+        options = choices.build(self._bundle, self._device.profile, cloud)
+        return replan.start(options, link, self._bounds)
+
+    def _ready(self, option: Option) -> None:
+        """Open what this option runs, and what answers in its stead."""
+        starts = {leg[0] for leg in option.pieces} | {option.boundary or INPUT}
+        self._device.open([*option.pieces, *(leg for start in starts for leg in self._device.onward(start))])

@@ -1,0 +1,143 @@
+"""A tail on an address, from start to end: settings of the gRPC server, and SIGTERM drains.
+
+Must never know what a call does.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import platform
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import grpc
+
+from fedge.core.errors import AddressError
+from fedge.core.limits import EdgeLimits, Limits
+from fedge.edge import bundle as bundles
+from fedge.edge.cloud import wire
+from fedge.edge.cloud.engine import Engine
+from fedge.edge.cloud.quick import quick
+from fedge.edge.cloud.tail import TailService
+from fedge.edge.plan import profile as profiles
+from fedge.edge.plan.profile import Profile
+
+GRACE_S = 5.0  # for requests in progress at the end
+_PINGS = Limits()  # the house's settings of keepalive
+
+
+def options(limits: EdgeLimits) -> list[tuple[str, int]]:
+    """Channel arguments of the server."""
+    return [
+        ("grpc.so_reuseport", 0),  # two tails on one port would each see half of the devices
+        ("grpc.max_receive_message_length", wire.most_message_bytes(limits)),
+        ("grpc.max_send_message_length", wire.most_message_bytes(limits)),
+        ("grpc.keepalive_time_ms", int(_PINGS.keepalive_time_s * 1000)),
+        ("grpc.keepalive_timeout_ms", int(_PINGS.keepalive_timeout_s * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(_PINGS.keepalive_timeout_s * 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(_PINGS.min_ping_interval_s * 1000)),
+    ]
+
+
+def check_private(listen: str) -> None:
+    """Raises AddressError for an address that other machines can reach."""
+    host, _ = wire.check_address(listen)
+    with contextlib.suppress(ValueError):
+        if host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback:
+            return
+    raise AddressError(
+        f"{listen} can be reached by other machines, and there is no TLS yet; "
+        "listen on 127.0.0.1, or pass --insecure-remote on a network you trust."
+    )
+
+
+@contextlib.asynccontextmanager
+async def tail_at(
+    folder: Path,
+    listen: str,
+    *,
+    profile: Profile | None = None,
+    threads: int = 1,
+    workers: int = 2,
+    allow_remote: bool = False,
+    limits: EdgeLimits = EdgeLimits(),
+) -> AsyncIterator[str]:
+    """The tail of the bundle in `folder`, answering at the address that this yields (port 0 draws a free one).
+
+    `workers` batches run at a time, each on `threads` threads. Without a `profile` it is measured quickly. At the end
+    requests in progress are answered. Raises AddressError, BadBundle and DataError (a profile of another bundle).
+    """
+    if allow_remote:
+        wire.check_address(listen)
+    else:
+        check_private(listen)
+    bundle = bundles.load(folder, limits)
+    engine = Engine(folder, bundle, limits, threads)
+    known = profile or quick(platform.node() or "cloud", bundle, engine.runners, threads)
+    service = TailService(bundle, engine, profile=profiles.encode(known), workers=workers, limits=limits)
+    server = grpc.aio.server(options=options(limits))
+    server.add_generic_rpc_handlers((service.handler(),))
+    running = asyncio.create_task(service.run())
+    try:
+        yield await _start(server, listen)
+        await service.drain(GRACE_S)
+    finally:
+        await server.stop(None)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        service.close()
+        engine.close()
+
+
+async def serve_tail(
+    folder: Path,
+    *,
+    listen: str,
+    profile: Profile | None = None,
+    threads: int = 1,
+    workers: int = 2,
+    on_listening: Callable[[str], None] = lambda _: None,
+    allow_remote: bool = False,
+    limits: EdgeLimits = EdgeLimits(),
+) -> None:
+    """Serve until SIGTERM, or cancellation; see `tail_at`."""
+    with _sigterm() as told:
+        async with tail_at(
+            folder,
+            listen,
+            profile=profile,
+            threads=threads,
+            workers=workers,
+            allow_remote=allow_remote,
+            limits=limits,
+        ) as address:
+            on_listening(address)
+            await told.wait()
+
+
+async def _start(server: grpc.aio.Server, listen: str) -> str:
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError:
+        raise AddressError(f"Cannot listen on {listen}; stop who uses the port, or choose another.") from None
+    await server.start()
+    return f"{listen.rpartition(':')[0]}:{port}"
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM sets, where this is the main thread."""
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    main = threading.current_thread() is threading.main_thread()
+    if main:
+        loop.add_signal_handler(signal.SIGTERM, told.set)
+    try:
+        yield told
+    finally:
+        if main:
+            loop.remove_signal_handler(signal.SIGTERM)
