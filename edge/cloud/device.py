@@ -55,6 +55,15 @@ class Device:
                     self._runners[leg] = open_piece(self._folder, self._bundle, *leg, threads=self._threads)
             return [self._runners[leg] for leg in legs]
 
+    def keep(self, legs: Sequence[Leg]) -> None:
+        """Have these pieces ready and no others, to hold no more memory than the plan takes. Raises BadBundle.
+
+        What a request is running at this moment goes when it is done.
+        """
+        self.open(legs)
+        with self._opening:
+            self._runners = {leg: self._runners[leg] for leg in legs}
+
     def close(self) -> None:
         """Give the memory back."""
         with self._opening:

@@ -30,7 +30,7 @@ class Engine:
         self._limits = limits
         self._outputs = bundle.boundary(OUTPUT).tensors
         self._runners: dict[str, Runner] = {
-            piece.start: open_piece(folder, bundle, piece.start, OUTPUT, threads=threads)
+            piece.start: open_piece(folder, bundle, piece.start, OUTPUT, threads=threads, packed=True)
             for piece in bundle.pieces
             if piece.end == OUTPUT
         }

@@ -20,7 +20,7 @@ from fedge.edge.plan.options import Option
 from fedge.edge.plan.planner import Bounds
 from fedge.edge.plan.profile import Profile
 from fedge.edge.plan.replan import Replanner
-from fedge.edge.plan.scale import cloud_took
+from fedge.edge.plan.scale import Scale, cloud_took
 
 log = logging.getLogger("fedge")
 PERIOD_S = 0.1  # between two looks at the link
@@ -36,6 +36,7 @@ class Pilot:
         self._bundle, self._device, self._bounds, self._uplink = bundle, device, bounds, uplink
         self._planned_for: Profile | None = None
         self._replanner: Replanner | None = None
+        self._seen: tuple[Link, Scale] | None = None
         local = choices.build(bundle, device.profile, None)
         self._local = replan.best(local, OFFLINE, replace(bounds, accuracy=None, memory_bytes=None))
         self.choice = self._local
@@ -70,8 +71,9 @@ class Pilot:
             return
         if self._replanner is None or uplink.profile is not self._planned_for:
             self._replanner, self._planned_for = self._afresh(uplink.profile, link), uplink.profile
-        else:
+        elif (link, self._device.scale) != self._seen:  # the same news again is no further evidence
             self._replanner = replan.step(self._replanner, link, self._device.scale)
+        self._seen = (link, self._device.scale)
         if self._replanner.choice is not self.choice:
             self._ready(self._replanner.choice)
             log.info("from now on: %s", self._replanner.choice.name)
@@ -84,4 +86,5 @@ class Pilot:
     def _ready(self, option: Option) -> None:
         """Open what this option runs, and what answers in its stead."""
         starts = {leg[0] for leg in option.pieces} | {option.boundary or INPUT}
-        self._device.open([*option.pieces, *(leg for start in starts for leg in self._device.onward(start))])
+        onward = [leg for start in starts for leg in self._device.onward(start)]
+        self._device.keep([*option.pieces, *self._local.pieces, *onward])

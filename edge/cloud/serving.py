@@ -19,10 +19,10 @@ from fedge.core.limits import EdgeLimits, Limits
 from fedge.edge import bundle as bundles
 from fedge.edge.cloud import wire
 from fedge.edge.cloud.engine import Engine
-from fedge.edge.cloud.quick import quick
 from fedge.edge.cloud.tail import TailService
 from fedge.edge.plan import profile as profiles
 from fedge.edge.plan.profile import Profile
+from fedge.edge.runtime.measure import profile_roughly
 
 GRACE_S = 5.0  # for requests in progress at the end
 _PINGS = Limits()  # the house's settings of keepalive
@@ -68,7 +68,7 @@ async def tail_at(
 ) -> AsyncIterator[str]:
     """The tail of the bundle in `folder`, answering at the address that this yields (port 0 draws a free one).
 
-    `workers` batches run at a time, each on `threads` threads. Without a `profile` it is measured quickly. At the end
+    `workers` batches run at a time, each on `threads` threads. Without a `profile` it is measured roughly. At the end
     requests in progress are answered. Raises AddressError, BadBundle and DataError (a profile of another bundle).
     """
     if allow_remote:
@@ -77,7 +77,7 @@ async def tail_at(
         check_private(listen)
     bundle = bundles.load(folder, limits)
     engine = Engine(folder, bundle, limits, threads)
-    known = profile or quick(platform.node() or "cloud", bundle, engine.runners, threads)
+    known = profile or profile_roughly(bundle, engine.runners, device=platform.node() or "cloud", threads=threads)
     service = TailService(bundle, engine, profile=profiles.encode(known), workers=workers, limits=limits)
     server = grpc.aio.server(options=options(limits))
     server.add_generic_rpc_handlers((service.handler(),))

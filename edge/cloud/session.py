@@ -21,12 +21,12 @@ from fedge.edge.bundle import INPUT, Bundle
 from fedge.edge.cloud import request
 from fedge.edge.cloud.device import Device, start
 from fedge.edge.cloud.pilot import Pilot
-from fedge.edge.cloud.quick import quick
 from fedge.edge.cloud.uplink import Uplink
 from fedge.edge.plan.link import Link
 from fedge.edge.plan.options import Option
 from fedge.edge.plan.planner import Bounds
 from fedge.edge.plan.profile import Profile
+from fedge.edge.runtime.measure import profile_roughly
 from fedge.edge.runtime.tensors import check
 
 
@@ -57,8 +57,8 @@ class Answer:
 class Session:
     """Inference with the bundle in `folder`, at most `deadline_s` seconds each, with the help of the tail at `cloud`.
 
-    `profile` is what this device measured; without one the pieces are timed now, and only `raw` coding is used. One
-    request runs at a time; calls from several threads wait for each other. Raises BadBundle, ExperimentError (bounds,
+    `profile` is what this device measured; without one pieces and codings are timed roughly now. One request runs at a
+    time; calls from several threads wait for each other. Raises BadBundle, ExperimentError (bounds,
     deadline), DataError (profile) and AddressError (what is no host:port; one that is not there is no error).
     """
 
@@ -80,7 +80,7 @@ class Session:
         self.bundle = bundles.load(folder, limits)
         self._limits, self._deadline_s = limits, deadline_s
         self._device = Device(folder, self.bundle, threads)
-        self._device.profile = profile or _quick(self._device, self.bundle, threads)
+        self._device.profile = profile or _rough(self._device, self.bundle, threads)
         self._turn = threading.Lock()
         self._uplink = Uplink(cloud, self.bundle.version, limits) if cloud is not None else None
         try:
@@ -151,7 +151,7 @@ class Session:
         self.close()
 
 
-def _quick(device: Device, bundle: Bundle, threads: int) -> Profile:
+def _rough(device: Device, bundle: Bundle, threads: int) -> Profile:
     """This device's times where nobody has measured them: all pieces, for the planner compares all."""
     runners = device.open([(piece.start, piece.end) for piece in bundle.pieces])
-    return quick("device", bundle, runners, threads)
+    return profile_roughly(bundle, runners, device="device", threads=threads)

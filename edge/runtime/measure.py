@@ -6,11 +6,11 @@ which data. Must never decide anything by what it finds; that is the planner's.
 
 import platform
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, suppress
 from pathlib import Path
 
-from fedge.core.errors import BadBundle
+from fedge.core.errors import BadBundle, RefusedTensor
 from fedge.core.params import Array
 from fedge.edge.bundle import INPUT, OUTPUT, Boundary, Bundle, Piece
 from fedge.edge.coding import codings
@@ -21,6 +21,7 @@ from fedge.edge.runtime.sessions import Runner, open_piece
 from fedge.edge.runtime.tensors import check, example
 
 Values = Mapping[str, Array]
+ROUGHLY = 3  # repeats where nobody has measured
 
 
 def profile_bundle(
@@ -62,6 +63,24 @@ def profile_bundle(
         for coding in bundle.codings.get(boundary.name, {})
     }
     return Profile(device or platform.node(), bundle.version, threads, tuple(operators), pieces, costs, sizes)
+
+
+def profile_roughly(bundle: Bundle, runners: Iterable[Runner], *, device: str, threads: int) -> Profile:
+    """What serves whoever has no profile: seconds of open pieces and of codings, each run a few times on noise.
+
+    Raises as `Runner.run`. A coding that does not hold noise is left out.
+    """
+    pieces = {
+        piece_key(runner.piece.start, runner.piece.end): profile_piece(runner, example(runner.piece.inputs), ROUGHLY)
+        for runner in runners
+    }
+    costs: dict[str, CodingCost] = {}
+    for boundary in bundle.boundaries:
+        for coding in bundle.codings.get(boundary.name, {}):
+            with suppress(RefusedTensor):
+                key, noise = coding_key(boundary.name, coding), example(boundary.tensors)
+                costs[key] = profile_coding(boundary, noise, coding, ROUGHLY)
+    return Profile(device, bundle.version, threads, pieces=pieces, codings=costs)
 
 
 def profile_piece(runner: Runner, inputs: Values, repeats: int = 20) -> float:
