@@ -21,9 +21,11 @@ from fedge.edge.exits.calibrate import choose_thresholds, temperature
 from fedge.edge.runtime.sessions import Runner, open_piece
 from fedge.edge.runtime.tensors import check
 
-IMAGE_CODINGS = ("raw", "png", "jpeg90", "jpeg75")
+IMAGE_CODINGS = ("raw", "png", "jpeg95", "jpeg90", "jpeg75")
 FLOAT_CODINGS = ("raw", "f16", "u8+zstd", "u8c@99.9+zstd")
 OTHER_CODINGS = ("raw", "raw+zstd")
+EXACT = ("raw", "raw+zstd", "png")
+LEAST = 1e-9  # what a mean over samples may be off
 BATCH = 32  # samples at a time where the model's batch is free
 
 Judge = Callable[[Array, Array], Array]
@@ -65,14 +67,11 @@ def assess(
     answer is, the truth being `y` or the full model's outputs. The bundle's version changes, so deploy it again.
 
     Raises DataError where there is no sample or the truth has another length, RefusedTensor where samples do not fit
-    the model, ExperimentError where `lose` is outside [0, 1].
+    the model or a coding is none, ExperimentError where `lose` is outside [0, 1] or `tried` names no boundary.
     """
     bundle = bundles.load(folder)
     _check(bundle, x, y, lose)
-    wanted = {
-        boundary.name: tuple(tried[boundary.name] if tried and boundary.name in tried else suited(boundary))
-        for boundary in bundle.boundaries[:-1]
-    }
+    wanted = _wanted(bundle, tried or {})
     seen = _run(folder, bundle, x, y, wanted, judge)
     measured = {
         name: {coding: Sent(float(np.mean(np.concatenate(seen.right[name, coding]))), _mean(seen.sizes[name, coding]))
@@ -83,8 +82,30 @@ def assess(
     return bundles.write(folder, msgspec.structs.replace(bundle, codings=measured, exits=exits, rule=rule))
 
 
+def offer(folder: Path, which: Callable[[Boundary], Sequence[str]] | None = None) -> Bundle:
+    """Let every boundary of the bundle in `folder` be sent in the codings that `which` gives, their effect unknown.
+
+    By default in those that change nothing, so no sample is needed to know that they do no harm. Raises BadBundle.
+    """
+    bundle = bundles.load(folder)
+    offered = {
+        boundary.name: dict.fromkeys((which or lossless)(boundary), Sent()) for boundary in bundle.boundaries[:-1]
+    }
+    return bundles.write(folder, msgspec.structs.replace(bundle, codings=offered))
+
+
+def _wanted(bundle: Bundle, tried: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """The codings to measure at each boundary."""
+    names = [boundary.name for boundary in bundle.boundaries[:-1]]
+    if unknown := [name for name in tried if name not in names]:
+        raise ExperimentError(f"Nothing can be sent at {unknown[0]!r}; the bundle has {', '.join(names)}.")
+    for coding in (coding for named in tried.values() for coding in named):
+        codings.check(coding)
+    return {one.name: tuple(tried.get(one.name, suited(one))) for one in bundle.boundaries[:-1]}
+
+
 def _check(bundle: Bundle, x: Array, y: Array | None, lose: float) -> None:
-    if not len(x):
+    if not x.ndim or not len(x):
         raise DataError("There is no held-out sample; give some that the model was not trained on.")
     if y is not None and len(y) != len(x):
         raise DataError(f"There are {len(x)} samples and {len(y)} answers; give one answer per sample.")
@@ -93,7 +114,18 @@ def _check(bundle: Bundle, x: Array, y: Array | None, lose: float) -> None:
     tensors = bundle.boundary(INPUT).tensors
     if len(tensors) > 1:
         raise DataError("The model has several inputs; only models with one can be assessed.")
-    check(tensors, {tensors[0].name: x[:1]})
+    size, fixed = _batch(bundle), max(0, *tensors[0].shape[:1], 0)
+    check(tensors, {tensors[0].name: x[: fixed or 1]})
+    if fixed and len(x) % size:
+        raise DataError(f"The model takes {size} samples at a time; give a multiple of it.")
+
+
+def _batch(bundle: Bundle) -> int:
+    """Samples at a time: many where every boundary leaves the batch free, else as many as the input says."""
+    tensors = [tensor for boundary in bundle.boundaries for tensor in boundary.tensors]
+    if all(tensor.shape and tensor.shape[0] < 0 for tensor in tensors):
+        return BATCH
+    return max(1, *bundle.boundary(INPUT).tensors[0].shape[:1])
 
 
 def suited(boundary: Boundary) -> Sequence[str]:
@@ -102,6 +134,12 @@ def suited(boundary: Boundary) -> Sequence[str]:
         return IMAGE_CODINGS
     floats = all(tensor.dtype.startswith("float") for tensor in boundary.tensors)
     return FLOAT_CODINGS if floats else OTHER_CODINGS
+
+
+def lossless(boundary: Boundary) -> Sequence[str]:
+    """Those of `suited` that give the tensors back as they were."""
+    exact = tuple(coding for coding in suited(boundary) if coding in EXACT)
+    return exact if "png" in exact else (*exact, *(coding for coding in OTHER_CODINGS if coding not in exact))
 
 
 class _Line:
@@ -125,9 +163,7 @@ def _run(
 ) -> _Seen:
     seen = _Seen()
     tensor = bundle.boundary(INPUT).tensors[0]
-    size = BATCH if tensor.shape[0] < 0 else tensor.shape[0]
-    if len(x) % size and tensor.shape[0] > 0:
-        raise DataError(f"The model takes {size} samples at a time; give a multiple of it.")
+    size = _batch(bundle)
     with ExitStack() as stack:
         pieces = _Line(folder, bundle, stack)
         for at in range(0, len(x), size):
@@ -178,7 +214,7 @@ def _send(
     try:
         for part in parts:
             coded = [codings.encode(tensor.name, values[tensor.name][part], coding) for tensor in tensors]
-            seen.sizes.setdefault((name, coding), []).append(sum(len(one.data) for one in coded))
+            seen.sizes.setdefault((name, coding), []).append(sum(one.size_bytes for one in coded))
             for one, tensor in zip(coded, tensors):
                 decoded[tensor.name].append(codings.decode(one, tensor))
     except RefusedTensor:  # these values do not fit the coding: it is not offered
@@ -204,7 +240,7 @@ def _calibrated(bundle: Bundle, seen: _Seen, y: Array | None, lose: float, rule:
         logits,
         final,
         None if y is None else truth,
-        wanted=max(full - lose, 0.0),
+        wanted=max(full - lose - LEAST, 0.0),
         temperatures=[temperature(one, truth) for one in logits],
         work=[*(float(places[leave.boundary]) for leave in bundle.exits), float(places[OUTPUT])],
         rule=rule,

@@ -19,6 +19,7 @@ from fedge.edge.cloud.wire import Request
 from fedge.edge.coding.codings import Coded, decode, encode
 from fedge.edge.runtime.sessions import Runner, open_piece
 
+LARGE_BYTES = 1 << 14  # outputs from this size on, maps rather than logits, are packed: exact, and worth the time
 Outcome = tuple[Coded, ...] | FedgeError
 _log = logging.getLogger("fedge")
 
@@ -88,7 +89,8 @@ def _shares(tensors: Sequence[Tensor], outputs: Mapping[str, Array], rows: Seque
     for tensor in tensors:
         whole = outputs[tensor.name]
         parts = np.split(whole, np.cumsum(rows)[:-1]) if rows else [whole]
-        columns.append([encode(tensor.name, part, "raw") for part in parts])
+        coding = "raw" if whole.nbytes < LARGE_BYTES * len(parts) else "raw+zstd"
+        columns.append([encode(tensor.name, part, coding) for part in parts])
     return list(zip(*columns))
 
 

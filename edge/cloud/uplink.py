@@ -103,7 +103,7 @@ class Uplink:
     def ask(self, boundary: str, tensors: Sequence[Coded], deadline_s: float) -> "Future[wire.Reply]":
         """The cloud's answer from `boundary` on, wanted within `deadline_s`; at once, or never, a FedgeError."""
         reply: Future[wire.Reply] = Future()
-        size = sum(len(coded.data) for coded in tensors)
+        size = sum(coded.size_bytes for coded in tensors)
         with self._lock:
             if not self.usable:
                 reply.set_exception(self.trouble if not self._up else _silence(self._address))

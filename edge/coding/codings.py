@@ -50,6 +50,11 @@ class Coded:
     high: tuple[float, ...]
     data: bytes
 
+    @property
+    def size_bytes(self) -> int:
+        """What travels: the data and the ranges, four bytes a number; names and shapes are small beside them."""
+        return len(self.data) + 4 * (len(self.low) + len(self.high))
+
 
 @dataclass(frozen=True, slots=True)
 class _Scheme:

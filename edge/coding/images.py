@@ -5,12 +5,14 @@ the format, size and colours that were expected. Must never rotate, scale or con
 """
 
 import io
+from typing import Any
 
 import numpy as np
 
 from fedge.core.errors import RefusedTensor
 from fedge.core.params import Array
 
+SHARP = 90
 _MISSING = "Images travel as PNG or JPEG only with Pillow; `pip install 'fedge[images]'`."
 
 
@@ -29,7 +31,9 @@ def encode(array: Array, quality: int | None) -> bytes:
     except ImportError:
         raise RefusedTensor(_MISSING) from None
     file = io.BytesIO()
-    options = {"format": "PNG"} if quality is None else {"format": "JPEG", "quality": quality}
+    options: dict[str, Any] = {"format": "PNG"}
+    if quality is not None:  # at a quality of 90 and more, colours are as sharp as brightness
+        options = {"format": "JPEG", "quality": quality, "subsampling": "4:4:4" if quality >= SHARP else "4:2:0"}
     try:
         Image.fromarray(array[0]).save(file, **options)
     except (OSError, ValueError) as error:

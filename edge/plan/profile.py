@@ -60,7 +60,7 @@ def decode(data: bytes) -> Profile:
     try:
         profile = msgspec.json.decode(data, type=Profile)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"This is no profile ({error}); measure the machine again with `fedge edge profile`.") from None
+        raise DataError(f"This is no profile ({error}); measure the machine again with `fedge edge bench`.") from None
     _check(profile)
     return profile
 

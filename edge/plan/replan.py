@@ -1,7 +1,7 @@
 """Choosing again while the link changes, without going to and fro.
 
-Another option is taken when it has been better by a margin for several steps in a row; each counts for as many times
-the margin as it is better, so what is far better is taken at once. Every change doubles the evidence that it takes,
+Another option is taken when it has been better by a margin for several steps in a row; each counts for as many UNITs
+as it is better, so what is far better is taken at once. Every change doubles the evidence that it takes,
 every quiet stretch halves it: noise around a point where two options are equal causes a handful of changes and then
 hardly any. A choice that has come to break its deadline is left at once. Must never send or look at a clock.
 """
@@ -16,9 +16,10 @@ from fedge.edge.plan.options import Option
 from fedge.edge.plan.planner import AS_PROFILED, Bounds, plan
 from fedge.edge.plan.scale import Scale
 
-MARGIN, MARGIN_S = 0.10, 1e-3  # less than this is not worth a change
-MOST_EVIDENCE = 16.0  # of one step, in margins: some 4.6 times better
-PATIENCE, MOST_PATIENCE = 6.0, 96.0  # the evidence that a change takes, in margins
+MARGIN, MARGIN_S = 0.05, 1e-3  # less than this is not worth a change
+UNIT = 0.10  # evidence of one: better by so much
+MOST_EVIDENCE = 16.0  # of one step: some 4.6 times better
+PATIENCE, MOST_PATIENCE = 6.0, 96.0  # the evidence that a change takes
 CALM = 10  # times the patience, in steps without a change: it is halved
 
 
@@ -77,8 +78,8 @@ def _changed(state: Replanner, other: Option) -> Replanner:
 
 
 def _evidence(now_s: float, then_s: float) -> float:
-    """How many times the margin the other is better."""
-    return min(math.log(now_s / then_s) / math.log(1 + MARGIN), MOST_EVIDENCE) if then_s else MOST_EVIDENCE
+    """How many times UNIT the other is better."""
+    return min(math.log(now_s / then_s) / math.log(1 + UNIT), MOST_EVIDENCE) if then_s else MOST_EVIDENCE
 
 
 def _near(option: Option, link: Link, bounds: Bounds, scale: Scale, slack: float) -> bool:

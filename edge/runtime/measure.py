@@ -98,7 +98,7 @@ def profile_coding(boundary: Boundary, values: Values, coding: str, repeats: int
     def decode() -> object:
         return [codings.decode(one, tensor) for one, tensor in zip(coded, boundary.tensors)]
 
-    return CodingCost(_least(encode, repeats), _least(decode, repeats), sum(len(one.data) for one in coded))
+    return CodingCost(_least(encode, repeats), _least(decode, repeats), sum(one.size_bytes for one in coded))
 
 
 def line(bundle: Bundle) -> list[Piece]:
