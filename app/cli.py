@@ -21,6 +21,7 @@ import typer
 from typer.core import TyperArgument
 
 from fedge.core.errors import ExperimentError, FedgeError
+from fedge.edge_cli import edge
 from fedge.printing import Json, Quiet, note, say, table
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 robust = typer.Typer(name="robust", help="Aggregation among hostile clients.")
 app.add_typer(robust)
+app.add_typer(edge)
 
 INTERRUPTED = 130
 USAGE = 2

@@ -3,20 +3,24 @@
 Owns arguments and what is printed. Must never hold logic.
 """
 
-import asyncio
+import shutil
+import tempfile
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
+from time import sleep
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedge.core.errors import FedgeError
 from fedge.printing import Json, note, say, table
 
 if TYPE_CHECKING:
-    from fedge.edge.bundle import Bundle
+    from fedge.edge.bundle import Bundle, Exit
     from fedge.edge.cloud.session import Answer
     from fedge.edge.plan.planner import Plan
-    from fedge.edge.plan.profile import Profile
 
 edge = typer.Typer(name="edge", help="Split and early-exit inference between a device and a cloud.")
 
@@ -26,6 +30,8 @@ Deadline = Annotated[float, typer.Option(help="Seconds within which every answer
 Accuracy = Annotated[float | None, typer.Option(help="The least accuracy on held-out data.")]
 KeepInput = Annotated[bool, typer.Option("--keep-input", help="The input itself must not leave the device.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of each session.")]
+GREETING_S = 3.0  # at least so long the first request waits for the cloud's greeting
+Memory = Annotated[float | None, typer.Option(help="Megabytes that the device has for sessions.")]
 ProfileFile = Annotated[Path | None, typer.Option("--profile", help="What bench measured on this machine.")]
 
 
@@ -37,28 +43,38 @@ def _edge(context: typer.Context) -> None:
 
 @edge.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="An ONNX file, or package.module:factory.", show_default=False)],
     folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The new folder.", show_default=False)],
     cut: Annotated[list[str], typer.Option(help="A tensor to cut at; repeatable. Else where data shrink.")] = [],  # noqa: B006
     exit: Annotated[list[str], typer.Option(metavar="NAME=TENSOR", help="An early exit's logits; repeatable.")] = [],  # noqa: A002, B006
     image: Annotated[str, typer.Option(metavar="HxW", help="Make pictures of this size the input.")] = "",
-    mean: Annotated[str, typer.Option(help="R,G,B taken off pixels in [0, 1].")] = "0,0,0",
+    mean: Annotated[str, typer.Option(help="R,G,B taken off pixels from 0 to 1.")] = "0,0,0",
     std: Annotated[str, typer.Option(help="R,G,B by which they are divided then.")] = "1,1,1",
     data: Annotated[Path | None, typer.Option(help="Held-out samples: an .npz with x, and y if known.")] = None,
-    lose: Annotated[float, typer.Option(help="Share of answers that early exits may spoil.")] = 0.01,
+    lose: Annotated[float, typer.Option(help="The accuracy that early exits may lose, a share.")] = 0.01,
+    input: Annotated[str, typer.Option(metavar="SHAPE", help="A factory's sample, such as 1x3x32x32.")] = "",  # noqa: A002
     json: Json = False,
 ) -> None:
-    """Cut an ONNX model into a bundle that devices and clouds run; with data, calibrate its exits and codings."""
+    """Cut a model into a bundle that devices and clouds run; with data, calibrate its exits and codings."""
     from fedge import edge_inputs
-    from fedge.edge.assess import assess
+
+    for needed in ("onnx", "onnxruntime"):
+        edge_inputs.needs(needed, "export")
+    from fedge.edge.assess import assess, offer
     from fedge.edge.split.export import export as cut_up
 
     exits = [edge_inputs.pair(one) for one in exit]
     size = edge_inputs.image(image, mean, std) if image else None
     held_out = edge_inputs.samples(data) if data else None
-    made = cut_up(model, folder, cuts=cut or None, exits=exits, image=size)
-    if held_out is not None:
-        made = assess(folder, *held_out, lose=lose)
+    edge_inputs.share(lose)
+    with tempfile.TemporaryDirectory() as work:
+        file, made_exits = edge_inputs.model(model, input, Path(work))
+        made = cut_up(file, folder, cuts=cut or None, exits=[*made_exits, *exits], image=size)
+    try:
+        made = offer(folder) if held_out is None else assess(folder, *held_out, lose=lose)
+    except FedgeError:
+        shutil.rmtree(folder)  # it was new: the same command, mended, must find room
+        raise
     _show_bundle(made, folder, json)
 
 
@@ -73,12 +89,11 @@ def bench(
     """Measure every piece and coding of a bundle on this machine, and write its profile."""
     import msgspec
 
-    from fedge import edge_inputs
-    from fedge.edge import bundle as bundles
+    from fedge import edge_inputs, edge_plan
     from fedge.edge.plan import profile as profiles
 
-    loaded = bundles.load(bundle)
-    found = _measured(bundle, loaded, threads, edge_inputs.read(sample, loaded) if sample else None)
+    edge_inputs.needs("onnxruntime", "edge")
+    found = edge_plan.measured(bundle, sample, threads)
     if out:
         profiles.save(out, found)
     if json:
@@ -106,7 +121,7 @@ def plan(
     bandwidth: Annotated[float, typer.Option(help="Mbit/s from device to cloud.")] = 10.0,
     rtt: Annotated[float, typer.Option(help="Milliseconds of a round trip.")] = 20.0,
     deadline: Annotated[float | None, typer.Option(help="Seconds, also where no exit answers.")] = None,
-    memory: Annotated[float | None, typer.Option(help="Megabytes that the device has for sessions.")] = None,
+    memory: Memory = None,
     energy: Annotated[str, typer.Option(metavar="J,J/B", help="Joules per sample, joules per byte sent.")] = "",
     accuracy: Accuracy = None,
     keep_input: KeepInput = False,
@@ -118,8 +133,9 @@ def plan(
     from fedge.edge.plan.link import Link
     from fedge.edge.plan.planner import Bounds
 
+    edge_inputs.needs("onnxruntime", "edge")
     joules, per_byte = edge_inputs.numbers(energy, 2) if energy else (None, 0.0)
-    size = None if memory is None else int(memory * 1e6)
+    size = edge_inputs.whole_bytes(memory)
     bounds = Bounds(deadline, size, joules, per_byte or 0.0, accuracy, keep_input)
     link = Link(bandwidth * 1e6, rtt / 1e3)
     found = edge_plan.of(model, device, cloud, slower, link, bounds)
@@ -143,6 +159,11 @@ def serve(
     json: Json = False,
 ) -> None:
     """Answer for devices that send what they have at a cut, until SIGTERM."""
+    import asyncio
+
+    from fedge import edge_inputs
+
+    edge_inputs.needs("onnxruntime", "edge")
     from fedge.edge.cloud.serving import serve_tail
     from fedge.edge.plan import profile as profiles
 
@@ -165,6 +186,7 @@ def infer(
     inputs: Annotated[list[Path], typer.Argument(help="Pictures, or .npy files.", show_default=False)],
     cloud: CloudAddress = None,
     deadline: Deadline = 1.0,
+    memory: Memory = None,
     accuracy: Accuracy = None,
     keep_input: KeepInput = False,
     profile: ProfileFile = None,
@@ -173,33 +195,34 @@ def infer(
 ) -> None:
     """Answer for each input by its deadline, with the cloud's help or without; says who answered, and why."""
     from fedge import edge_inputs
+
+    edge_inputs.needs("onnxruntime", "edge")
+    from fedge.edge.cloud.pilot import PERIOD_S
     from fedge.edge.cloud.session import Session
     from fedge.edge.plan import profile as profiles
     from fedge.edge.plan.planner import Bounds
 
     known = profiles.load(profile) if profile else None
-    bounds = Bounds(accuracy=accuracy, keep_input=keep_input)
+    bounds = Bounds(memory_bytes=edge_inputs.whole_bytes(memory), accuracy=accuracy, keep_input=keep_input)
     answers: list[dict[str, Any]] = []
     with Session(bundle, cloud, deadline_s=deadline, bounds=bounds, profile=known, threads=threads) as session:
-        arrays = [edge_inputs.read(path, session.bundle) for path in inputs]
-        if cloud and not session.wait_for_cloud(deadline):
-            note(f"no answer from {cloud} yet; the device begins by itself")
-        for path, array in zip(inputs, arrays):
-            answers.append(_told(str(path), session.infer(array), session.bundle))
+        samples = [one for path in inputs for one in edge_inputs.read(path, session.bundle)]
+        if cloud and not session.wait_for_cloud(max(deadline, GREETING_S)):
+            note(f"no answer from {cloud} yet ({session.trouble or 'ADDRESS'}); the device begins by itself")
+        elif cloud:
+            sleep(2 * PERIOD_S)  # the plan follows the greeting
+        for name, array in samples:
+            answers.append(_told(name, session.infer(array), session.bundle))
             if not json:
                 typer.echo(_line(answers[-1]))
+        trouble = session.trouble
     if json:
-        say({"answers": answers}, json, "")
+        say({"answers": answers, "trouble": trouble}, json, "")
+    elif len(answers) > 1:
+        typer.echo(_sum(answers))
 
 
 # ---- printing ----------------------------------------------------------------------------------
-
-
-def _measured(folder: Path, bundle: "Bundle", threads: int, sample: Any) -> "Profile":
-    from fedge.edge.runtime.measure import profile_bundle
-
-    inputs = None if sample is None else {bundle.boundary("input").tensors[0].name: sample}
-    return profile_bundle(folder, bundle, threads=threads, inputs=inputs)
 
 
 def _show_bundle(made: "Bundle", folder: Path, json: bool) -> None:
@@ -212,10 +235,27 @@ def _show_bundle(made: "Bundle", folder: Path, json: bool) -> None:
     for boundary in made.boundaries:
         shapes = "  ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in boundary.tensors)
         leaves = [leave for leave in made.exits if leave.boundary == boundary.name]
-        told = ", ".join(f"{leave.name} from {leave.threshold:.3g}: {leave.share:.0%} leave" for leave in leaves)
-        rows.append((boundary.name, str(boundary.position), shapes, told))
+        rows.append((boundary.name, str(boundary.position), shapes, ", ".join(leave.name for leave in leaves)))
     table(("boundary", "operators before", "what crosses", "exits"), rows)
-    typer.echo(f"{folder}  version {made.version[:12]}, {len(made.pieces)} pieces")
+    if made.exits:
+        typer.echo("")
+        heads = ("exit", "leave from", "temperature", "share", "right", "the model on these")
+        table(heads, [_exit_row(leave) for leave in made.exits])
+    codings = [
+        (name, coding, _percent(sent.accuracy), "-" if sent.bytes is None else f"{sent.bytes:.0f}")
+        for name, offered in made.codings.items()
+        for coding, sent in offered.items()
+    ]
+    typer.echo("")
+    table(("sent at", "coding", "accuracy", "bytes"), codings)
+    typer.echo(f"\n{folder}  version {made.version[:12]}, {len(made.pieces)} pieces")
+
+
+def _exit_row(leave: "Exit") -> tuple[str, ...]:
+    if leave.threshold >= 1.0:
+        return (leave.name, "never", f"{leave.temperature:.2f}", "-", "-", "-")
+    shares = (leave.share, leave.accuracy, leave.final_accuracy)
+    return (leave.name, f"{leave.threshold:.3f}", f"{leave.temperature:.2f}", *map(_percent, shares))
 
 
 def _show_plan(found: "Plan", json: bool, figure: Path | None) -> None:
@@ -231,7 +271,7 @@ def _show_plan(found: "Plan", json: bool, figure: Path | None) -> None:
             f"{1e3 * row.longest_s:.2f}",
             f"{row.option.sent:.0%}",
             f"{row.option.bytes:.0f}",
-            "-" if row.option.accuracy is None else f"{row.option.accuracy:.2%}",
+            _percent(row.option.accuracy),
             _megabytes(row.option.memory_bytes),
             ", ".join(row.breaks),
         )
@@ -240,6 +280,10 @@ def _show_plan(found: "Plan", json: bool, figure: Path | None) -> None:
     table(("option", "ms", "longest ms", "asks", "bytes", "accuracy", "MB", "breaks"), cells)
     if figure:
         typer.echo(str(figure))
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _megabytes(size: int | None) -> str:
@@ -263,3 +307,11 @@ def _line(told: dict[str, Any]) -> str:
     late = " LATE" if told["late"] else ""
     why = f"  ({told['reason']})" if told["reason"] else ""
     return f"{told['input']}: {found}  by {told['label']} in {1e3 * told['latency_s']:.1f} ms{late}{why}"
+
+
+def _sum(answers: list[dict[str, Any]]) -> str:
+    """Who answered how often, and the median latency."""
+    who = Counter(answer["label"] for answer in answers)
+    middle = median(answer["latency_s"] for answer in answers)
+    words = ", ".join(f"{label} {count}" for label, count in who.most_common())
+    return f"{len(answers)} answers by {words}; median {1e3 * middle:.1f} ms"

@@ -1,70 +1,98 @@
-"""What people give the commands of `fedge edge`: pictures, arrays, pairs and numbers, checked.
+"""What people give the commands of `fedge edge`: models, pictures, arrays, pairs and numbers, checked.
 
 Must never guess: what does not fit is refused with a sentence.
 """
 
+import importlib.util
+from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedge.core.errors import DataError, ExperimentError
+from fedge.client.data.archives import read_npz
+from fedge.core import registry
+from fedge.core.errors import DataError, ExperimentError, ModelError
+from fedge.core.limits import EdgeLimits
 from fedge.core.params import Array
-from fedge.edge.bundle import INPUT, Bundle
+from fedge.edge.bundle import INPUT, Bundle, Tensor
 
 if TYPE_CHECKING:
     from fedge.edge.split.image import Image
 
+HINT = "write it with numpy.save, one input or a batch of them"
 
-def read(path: Path, bundle: Bundle) -> Array:
-    """One input of the bundle's model: an .npy as it is, or a picture in the size that the model takes.
 
-    Raises DataError where the file is neither, or the model takes no PIL.Image.
+def needs(module: str, extra: str) -> None:
+    """Raises ExperimentError where a package that an extra brings is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise ExperimentError(f"This needs {module}; install it with: pip install 'fedge[{extra}]'.")
+
+
+# ---- models ------------------------------------------------------------------------------------
+
+
+Exits = tuple[tuple[str, str], ...]
+
+
+def model(named: str, shape: str, folder: Path) -> tuple[Path, Exits]:
+    """The ONNX file that is named, or that of the torch module which the factory "package.module:name" makes, with
+    the exits that the module has; it is written to `folder`.
+
+    `shape` is that of the factory's sample, such as 1x3x32x32. Raises ExperimentError, ModelError.
     """
-    if path.suffix == ".npy":
-        return _array(path)
-    (tensor, *_) = bundle.boundary(INPUT).tensors
-    if tensor.dtype != "uint8" or len(tensor.shape) != 4 or tensor.shape[3] != 3:
-        raise DataError(
-            f"The model takes {tensor.dtype} {list(tensor.shape)} and no pictures; give {path.name!r} as an .npy."
-        )
-    return _picture(path, tensor.shape[1], tensor.shape[2])
+    if Path(named).exists() or named.endswith(".onnx") or ":" not in named:
+        return Path(named), ()
+    return _made(named, extents(shape), folder)
 
 
-def _picture(path: Path, height: int, width: int) -> Array:
+def _made(factory: str, shape: tuple[int, ...], folder: Path) -> tuple[Path, Exits]:
+    needs("torch", "torch")
+    needs("onnxscript", "export")
+    import torch
+
+    from fedge.edge.exits.to_onnx import to_onnx
+
+    make = registry.load(factory, "MODEL")
     try:
-        import PIL.Image
-    except ImportError:
-        raise DataError("Reading pictures needs Pillow; install 'fedge[images]'.") from None
+        module = make()
+    except Exception as error:  # a plug-in boundary: the user's factory
+        raise ModelError(f"The factory {factory} raised {error!r}; mend it.") from error
+    if not isinstance(module, torch.nn.Module):
+        raise ModelError(f"The factory {factory} returned {type(module).__name__}; it must return a torch.nn.Module.")
     try:
-        with PIL.Image.open(path) as opened:
-            small = opened.convert("RGB").resize((width, height))
-    except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise DataError(f"{str(path)!r} is no picture that can be read ({error}); give another.") from None
-    return np.asarray(small, np.uint8)[None]
+        with torch.no_grad():
+            module.eval()(torch.zeros(shape))
+    except Exception as error:  # as above
+        raise ModelError(
+            f"The model takes no {list(shape)} ({error}); give the shape of a sample as --input."
+        ) from error
+    path = folder / f"{factory.rpartition(':')[2]}.onnx"
+    return path, to_onnx(module, torch.zeros(shape), path)
 
 
-def samples(path: Path) -> tuple[Array, Array | None]:
-    """The arrays x [n, ...] and y [n], or None, of an .npz. Raises DataError."""
-    found = _loaded(path)
-    if isinstance(found, np.ndarray) or "x" not in found:
-        raise DataError(f"{str(path)!r} holds no array x; save samples as x, and their classes as y, with numpy.savez.")
-    return found["x"], found.get("y")
+def extents(text: str) -> tuple[int, ...]:
+    """Whole numbers between x, such as 1x3x32x32. Raises ExperimentError."""
+    parts = text.split("x")
+    if not text or not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
+        raise ExperimentError(f"--input {text!r}: write the shape of one sample, such as 1x3x32x32.")
+    shape = tuple(map(int, parts))
+    if 4 * prod(shape) > EdgeLimits().max_tensor_bytes:
+        raise ExperimentError(f"--input {text}: a sample is at most {EdgeLimits().max_tensor_bytes} bytes; give less.")
+    return shape
 
 
-def _array(path: Path) -> Array:
-    found = _loaded(path)
-    if not isinstance(found, np.ndarray):
-        raise DataError(f"{str(path)!r} holds several arrays; give one input as an .npy.")
-    return found
+def image(size: str, mean: str, std: str) -> "Image":
+    """How the model wants pictures. Raises ExperimentError."""
+    from fedge.edge.split.image import Image
 
-
-def _loaded(path: Path) -> Array | dict[str, Array]:
-    try:
-        found = np.load(path, allow_pickle=False)
-        return {name: found[name] for name in found.files} if hasattr(found, "files") else found
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{str(path)!r} cannot be read as arrays ({error}); write it with numpy.") from None
+    height, _, width = size.partition("x")
+    if not all(part.isascii() and part.isdecimal() and int(part) for part in (height, width)):
+        raise ExperimentError(f"--image {size!r}: write HEIGHTxWIDTH in pixels, such as 224x224.")
+    red, green, blue = numbers(mean, 3)
+    by_red, by_green, by_blue = numbers(std, 3)
+    return Image(int(height), int(width), (red, green, blue), (by_red, by_green, by_blue))
 
 
 def pair(text: str) -> tuple[str, str]:
@@ -86,13 +114,86 @@ def numbers(text: str, count: int) -> tuple[float, ...]:
     return found
 
 
-def image(size: str, mean: str, std: str) -> "Image":
-    """How the model wants PIL.Image. Raises ExperimentError."""
-    from fedge.edge.split.image import Image
+def share(figure: float) -> float:
+    """Raises ExperimentError outside [0, 1]."""
+    if not 0 <= figure <= 1:
+        raise ExperimentError(f"--lose {figure}: give a share from 0 to 1.")
+    return figure
 
-    height, _, width = size.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise ExperimentError(f"--image {size!r}: write HEIGHTxWIDTH in pixels, such as 224x224.")
-    red, green, blue = numbers(mean, 3)
-    by_red, by_green, by_blue = numbers(std, 3)
-    return Image(int(height), int(width), (red, green, blue), (by_red, by_green, by_blue))
+
+def whole_bytes(megabytes: float | None) -> int | None:
+    """Raises ExperimentError below 0 and for what is no number."""
+    if megabytes is None:
+        return None
+    if not 0 <= megabytes < 1e12:
+        raise ExperimentError(f"--memory {megabytes}: give megabytes, 0 or more.")
+    return int(megabytes * 1e6)
+
+
+# ---- samples -----------------------------------------------------------------------------------
+
+
+def read(path: Path, bundle: Bundle) -> Iterator[tuple[str, Array]]:
+    """Name and array of every input in a file: the rows of an .npy, or a picture in the size that the model takes.
+
+    Rows are single inputs where the batch is free; else the file is one input. Raises DataError where the file is
+    neither, or the model takes no pictures.
+    """
+    (tensor, *_) = bundle.boundary(INPUT).tensors
+    if path.suffix != ".npy":
+        yield str(path), _picture(path, tensor)
+        return
+    array = _array(path)
+    if array.ndim != len(tensor.shape) or not tensor.shape or tensor.shape[0] >= 0 or len(array) == 1:
+        yield str(path), array
+        return
+    for row in range(len(array)):
+        yield f"{path}[{row}]", array[row : row + 1]
+
+
+def samples(path: Path) -> tuple[Array, Array | None]:
+    """The arrays x [n, ...] and y [n], or None, of an .npz. Raises DataError."""
+    try:
+        found = read_npz(path)
+    except DataError as error:
+        raise DataError(f"{str(path)!r}: {error}") from None
+    if "x" not in found:
+        raise DataError(f"{str(path)!r} holds no array x; save samples as x, and their classes as y, with numpy.savez.")
+    labels = found.get("y")
+    if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
+        raise DataError(f"{str(path)!r}: y is {labels.dtype} {list(labels.shape)}; give one whole number per sample.")
+    return found["x"], labels
+
+
+def _array(path: Path) -> Array:
+    """Mapped, as memory is not to be asked for on the word of a header."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"There is no file {str(path)!r}; check the path.") from None
+    except Exception as error:  # NumPy reads headers with Python's own parser, which raises whatever it likes
+        raise DataError(f"{str(path)!r} cannot be read as an array ({error}); {HINT}.") from None
+    if not isinstance(found, np.ndarray):
+        raise DataError(f"{str(path)!r} holds several arrays; {HINT}.")
+    if found.nbytes > EdgeLimits().max_weights_bytes or not found.size:
+        raise DataError(f"{str(path)!r} is empty or too large; {HINT}.")
+    return found
+
+
+def _picture(path: Path, tensor: Tensor) -> Array:
+    if tensor.dtype != "uint8" or len(tensor.shape) != 4 or tensor.shape[3] != 3:
+        raise DataError(
+            f"The model takes {tensor.dtype} {list(tensor.shape)} and no pictures; give {path.name!r} as an .npy, "
+            "or export the model with --image."
+        )
+    needs("PIL", "images")
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(path) as opened:
+            small = opened.convert("RGB").resize((tensor.shape[2], tensor.shape[1]))
+    except FileNotFoundError:
+        raise DataError(f"There is no file {str(path)!r}; check the path.") from None
+    except Exception as error:  # Pillow's readers raise whatever they like
+        raise DataError(f"{str(path)!r} is no picture that can be read ({error}); give another.") from None
+    return np.asarray(small, np.uint8)[None]

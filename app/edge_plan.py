@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from fedge import edge_inputs
 from fedge.core.errors import ExperimentError
 from fedge.edge import bundle as bundles
 from fedge.edge.bundle import Bundle
@@ -24,20 +25,26 @@ def of(model: Path, device: Path | None, cloud: Path | None, slower: float, link
         raise ExperimentError(f"--slower {slower}: give a factor above 0.")
     if model.is_dir():
         return _planned(model, bundles.load(model), device, cloud, slower, link, bounds)
+    edge_inputs.needs("onnx", "export")
+    from fedge.edge.assess import offer, suited
     from fedge.edge.split.export import export
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bundle"
-        made = _with_codings(path, export(model, path))
-        return _planned(path, made, device, cloud, slower, link, bounds)
+        export(model, path)
+        return _planned(path, offer(path, suited), device, cloud, slower, link, bounds)
 
 
-def _with_codings(path: Path, bundle: Bundle) -> Bundle:
-    """Every coding that suits, of unknown accuracy."""
-    from fedge.edge.assess import suited
+def measured(folder: Path, sample: Path | None, threads: int) -> Profile:
+    """What this machine needs for the bundle, on the input in the file `sample` or on noise. Raises as they do."""
+    from fedge.edge.runtime.measure import profile_bundle
 
-    offered = {boundary.name: dict.fromkeys(suited(boundary), bundles.Sent()) for boundary in bundle.boundaries[:-1]}
-    return bundles.write(path, msgspec.structs.replace(bundle, codings=offered))
+    bundle = bundles.load(folder)
+    inputs = None
+    if sample:
+        _, array = next(edge_inputs.read(sample, bundle))
+        inputs = {bundle.boundary(bundles.INPUT).tensors[0].name: array}
+    return profile_bundle(folder, bundle, threads=threads, inputs=inputs)
 
 
 def _planned(
@@ -52,7 +59,10 @@ def _planned(
     def at(known: Path | None) -> Profile:
         return profile.load(known) if known else here()
 
-    return planner.plan(options.build(bundle, _slowed(at(device), slower), at(cloud)), link, bounds)
+    found = options.build(bundle, _slowed(at(device), slower), at(cloud))
+    if bounds.accuracy is not None and all(option.accuracy is None for option in found):
+        raise ExperimentError("No accuracy of this model is known; export it with --data, or leave out --accuracy.")
+    return planner.plan(found, link, bounds)
 
 
 def _slowed(known: Profile, factor: float) -> Profile:

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("fedge", "numpy", "torch", "grpcio", "flwr", "ray", "pfl", "byzfl")
+PACKAGES = ("fedge", "numpy", "torch", "onnxruntime", "onnx", "grpcio", "flwr", "ray", "pfl", "byzfl")
 MISSING = "missing"
 _COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 

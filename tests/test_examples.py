@@ -24,7 +24,7 @@ with warnings.catch_warnings():  # typer still imports what click has deprecated
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", EXAMPLES / "README.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", EXAMPLES / "README.md", ROOT / "docs" / "edge.md"]
 EXPERIMENTS = [*EXAMPLES.rglob("*.toml"), ROOT / "app" / "starter.toml"]
 SERVED = "127.0.0.1:7443"  # where the README's devices join
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -45,9 +45,9 @@ def fedge_words(page: Path) -> list[list[str]]:
 COMMANDS = [(page.relative_to(ROOT), words) for page in PAGES for words in fedge_words(page)]
 
 
-def run(*words: str | Path, cwd: Path = ROOT) -> str:
+def run(*words: str | Path, cwd: Path = ROOT, most_s: float = 100) -> str:
     """Run a process to its end; what it printed on standard output."""
-    done = subprocess.run(words, cwd=cwd, env=ONE_THREAD, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(words, cwd=cwd, env=ONE_THREAD, capture_output=True, text=True, timeout=most_s)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -142,7 +142,7 @@ def test_the_readmes_simulation_runs(tmp_path: Path) -> None:
     for words in fedge_words(ROOT / "README.md"):
         if words[0] == "run":
             words += ["--set", "experiment.stop.updates=20", "--quiet"]
-        if words[0] not in ("serve", "join", "status"):
+        if words[0] not in ("serve", "join", "status", "edge"):
             fedge_run(*words, cwd=tmp_path)
     assert (tmp_path / "compare" / "compare.html").is_file()
     assert fedge.load_run(tmp_path / "runs" / "b").experiment.server.scheduler["kind"] == "fedbuff"
@@ -201,6 +201,37 @@ def test_five_schedulers_are_compared(tmp_path: Path) -> None:
         assert re.search(rf"^ ?{kind} +{kind} ", out, re.MULTILINE), out
         assert fedge.load_run(folder / kind).experiment.server.scheduler["kind"] == kind
     assert out.splitlines()[-1] == str(folder / "compare.html")
+
+
+@pytest.mark.slow
+def test_the_federated_model_runs_on_a_device_that_leaves_early(tmp_path: Path) -> None:
+    short = ("--set", "experiment.stop.updates=60")
+    out = run(sys.executable, "-m", "examples.early_exit", "--out", tmp_path / "run", *short)
+    with_exits, without = (
+        re.search(rf"{how} exits: +planned '(.*)'; .* answered by (.*)", out) for how in ("with", "without")
+    )
+    assert with_exits, out
+    assert without, out
+    assert without[1] == "local"
+    assert without[2] == "device: 300"
+    assert ("exit" in with_exits[1]) == ("exit:" in with_exits[2])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_edge_quickstart_goes_on_when_its_cloud_is_killed(tmp_path: Path) -> None:
+    """What is checked is who answers; how well depends on the machine to the last digit."""
+    out = run(sys.executable, "-m", "examples.edge_quickstart", "--out", tmp_path / "q", most_s=280)
+    before, killed, after = out.partition("the cloud is killed")
+    assert killed, out
+    assert re.search(r"the device runs: \w+ as \S+", before), out
+    assert re.search(r"400 answers by .*cloud \d+", before), out
+    answered = re.search(r"400 answers by (.*)", after)
+    assert answered, out
+    assert "none" not in answered[1]
+    assert sum(int(count) for count in re.findall(r" (\d+)(?:,|$)", answered[1])) == 400
+    assert "bytes sent per answer" in after
+    assert after.count("0.png: ") == 1
 
 
 def test_the_mock_clients_pass() -> None:

@@ -84,7 +84,7 @@ def _maker(model: ModelProto, tensor: str) -> int:
     for index, node in enumerate(model.graph.node):
         if tensor in node.output:
             return index
-    raise CannotCut(f"No operator of the model computes {tensor!r}; take a name from `fedge edge cuts`.")
+    raise CannotCut(f"No operator of the model computes {tensor!r}; take one from `fedge edge plan MODEL`.")
 
 
 def _position(model: ModelProto, tensor: str) -> int:

@@ -1,17 +1,17 @@
-"""A federation trains a model with exits; the model is calibrated, cut, and deployed on a device and a cloud.
+"""A federation trains a model with exits; the model is calibrated, cut, and runs on a device that leaves early.
 
     python -m examples.early_exit [--out DIR] [--set KEY=VALUE ...]
 
 FedCompass trains the output and, through a client hook, the exits (model.py). Half of the test images choose
-temperatures and thresholds; the other half go, one by one, through a device that leaves early where it may and asks a
-cloud, here another thread, where that is quicker; and once more with no cloud at all.
+temperatures and thresholds; others go, one by one, through a device: once with exits where the planner finds them
+worth it, and once with all of them off. `examples/edge_quickstart` has a cloud as well.
 """
 
 import argparse
-import asyncio
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,8 +21,9 @@ from examples.early_exit.model import factory
 from fedge.client.data import load
 from fedge.core.params import Array
 from fedge.edge.assess import assess
-from fedge.edge.cloud.serving import tail_at
+from fedge.edge.bundle import write
 from fedge.edge.cloud.session import Session
+from fedge.edge.exits.rules import NEVER
 from fedge.edge.exits.to_onnx import to_onnx
 from fedge.edge.exits.train import EarlyExit
 from fedge.edge.split.export import export
@@ -45,30 +46,21 @@ def inner(model: dict[str, Array]) -> EarlyExit:
     return whole.inner
 
 
-def deployed(folder: Path, cloud: str | None, x: Array, labels: Labels) -> str:
-    """Who answered, and how many answers were right."""
-    session = Session(folder, cloud)
-    try:
-        if cloud:
-            session.wait_for_cloud(5.0)
+def deployed(folder: Path, x: Array, labels: Labels) -> str:
+    """What the planner chose, who answered, how many answers were right, and how fast."""
+    with Session(folder) as session:
         answers = [session.infer(x[index : index + 1]) for index in range(len(x))]
-    finally:
-        session.close()
+        plan = session.option.name
     who = Counter(answer.label for answer in answers)
     right = [answer.output is not None and answer.output.argmax() == label for answer, label in zip(answers, labels)]
-    return f"{np.mean(right):.1%} right; answered by " + ", ".join(f"{name}: {count}" for name, count in who.items())
-
-
-async def deploy(folder: Path, x: Array, labels: Labels) -> None:
-    """First with a cloud, then without."""
-    async with tail_at(folder, "127.0.0.1:0") as address:
-        print("device and cloud:", await asyncio.to_thread(deployed, folder, address, x, labels))
-    print("device alone:    ", await asyncio.to_thread(deployed, folder, None, x, labels))
+    took_ms = 1e3 * np.mean([answer.latency_s for answer in answers])
+    named = ", ".join(f"{name}: {count}" for name, count in who.most_common())
+    return f"planned {plan!r}; {np.mean(right):.1%} right, {took_ms:.2f} ms in the mean; answered by {named}"
 
 
 def main() -> None:
-    """Train, cut, calibrate, deploy."""
-    parser = argparse.ArgumentParser(description="A federation trains a model with exits, which is then deployed.")
+    """Train, cut, calibrate, run."""
+    parser = argparse.ArgumentParser(description="A federation trains a model with exits, which a device then runs.")
     parser.add_argument("--out", type=Path, default=Path("runs/early-exit"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
@@ -85,7 +77,10 @@ def main() -> None:
             f"{leave.share:.0%} leave, {leave.accuracy:.1%} of them right (the full model {leave.final_accuracy:.1%})"
         )
         print(f"{leave.name}: {shares}; threshold {leave.threshold:.3f}, T {leave.temperature:.2f}", flush=True)
-    asyncio.run(deploy(folder, x[half : half + ASKED], y[half : half + ASKED]))
+    print("with exits:   ", deployed(folder, x[half : half + ASKED], y[half : half + ASKED]))
+    never = tuple(msgspec.structs.replace(leave, threshold=NEVER) for leave in bundle.exits)
+    write(folder, msgspec.structs.replace(bundle, exits=never))
+    print("without exits:", deployed(folder, x[half : half + ASKED], y[half : half + ASKED]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,20 @@
+"""What all tests share: optimised pieces go to a folder of the session, never to the user's cache."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache() -> Iterator[None]:
+    """Child processes inherit it. Tests of the cache itself set it anew."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    with tempfile.TemporaryDirectory(prefix="fedge-cache-", ignore_cleanup_errors=True) as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
