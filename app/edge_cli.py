@@ -9,7 +9,6 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from time import sleep
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -197,7 +196,6 @@ def infer(
     from fedge import edge_inputs
 
     edge_inputs.needs("onnxruntime", "edge")
-    from fedge.edge.cloud.pilot import PERIOD_S
     from fedge.edge.cloud.session import Session
     from fedge.edge.plan import profile as profiles
     from fedge.edge.plan.planner import Bounds
@@ -209,8 +207,6 @@ def infer(
         samples = [one for path in inputs for one in edge_inputs.read(path, session.bundle)]
         if cloud and not session.wait_for_cloud(max(deadline, GREETING_S)):
             note(f"no answer from {cloud} yet ({session.trouble or 'ADDRESS'}); the device begins by itself")
-        elif cloud:
-            sleep(2 * PERIOD_S)  # the plan follows the greeting
         for name, array in samples:
             answers.append(_told(name, session.infer(array), session.bundle))
             if not json:

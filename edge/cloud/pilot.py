@@ -41,6 +41,7 @@ class Pilot:
         self._local = replan.best(local, OFFLINE, replace(bounds, accuracy=None, memory_bytes=None))
         self.choice = self._local
         self._ready(self._local)
+        self.planned = threading.Event()  # set once a plan has been made for the cloud and its link
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pilot", daemon=True)
         self._thread.start()
@@ -78,6 +79,7 @@ class Pilot:
             self._ready(self._replanner.choice)
             log.info("from now on: %s", self._replanner.choice.name)
             self.choice = self._replanner.choice
+        self.planned.set()
 
     def _afresh(self, cloud: Profile, link: Link) -> Replanner:
         options = choices.build(self._bundle, self._device.profile, cloud)

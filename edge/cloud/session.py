@@ -107,11 +107,8 @@ class Session:
         return self._uplink.trouble.reason if self._uplink and not self._uplink.usable else ""
 
     def wait_for_cloud(self, timeout_s: float) -> bool:
-        """Wait until the cloud has been greeted and the link is known; False where that takes longer."""
-        until = time.monotonic() + timeout_s
-        while self.link is None and time.monotonic() < until:
-            time.sleep(0.01)
-        return self.link is not None
+        """Wait until the cloud has been greeted and there is a plan with it; False where that takes longer."""
+        return self._pilot.planned.wait(timeout_s) and self.link is not None
 
     def infer(self, array: Array) -> Answer:
         """The answer for one input, or a batch of them [n, ...]. Raises RefusedTensor where it does not fit the model.

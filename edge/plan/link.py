@@ -31,7 +31,10 @@ class Link:
 
     def __post_init__(self) -> None:
         if not (self.bandwidth_bps > 0 and 0 <= self.rtt_s < math.inf):
-            raise ExperimentError(f"{self} is no link; give a bandwidth above 0 and a round trip of at least 0.")
+            raise ExperimentError(
+                f"A link of {self.bandwidth_bps} bit/s and {self.rtt_s} s there and back is none; give a bandwidth above 0 "
+                "and a round trip of at least 0."
+            )
 
 
 OFFLINE = Link(bandwidth_bps=1.0, rtt_s=0.0)  # what to plan with where no cloud answers

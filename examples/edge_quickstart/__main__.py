@@ -12,7 +12,6 @@ import json
 import shlex
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -88,7 +87,6 @@ def device(folder: Path, address: str, memory_bytes: int, x: Array, y: Labels, c
     bounds = Bounds(memory_bytes=memory_bytes)
     with Session(folder / "bundle", address, deadline_s=0.5, bounds=bounds, profile=known) as session:
         session.wait_for_cloud(5.0)
-        time.sleep(0.5)  # it plans a few times per second
         print(f"\nthe device runs: {session.option.name}")
         print(asked(session, x[:ASKED], y[:ASKED]))
         print("\nthe cloud is killed")
