@@ -32,8 +32,8 @@ class Link:
     def __post_init__(self) -> None:
         if not (self.bandwidth_bps > 0 and 0 <= self.rtt_s < math.inf):
             raise ExperimentError(
-                f"A link of {self.bandwidth_bps} bit/s and {self.rtt_s} s there and back is none; give a bandwidth above 0 "
-                "and a round trip of at least 0."
+                f"A link of {self.bandwidth_bps} bit/s and {self.rtt_s} s there and back is none; "
+                "give a bandwidth above 0 and a round trip of at least 0."
             )
 
 
