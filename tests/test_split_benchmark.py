@@ -32,7 +32,9 @@ def test_every_way_is_measured(network: Network) -> None:
     assert split.JPEG not in row, "its input is no picture"
     assert row[split.CLOUD] > 1e3 * split.RTT_S, "the picture went over the relay"
     ways = (split.LOCAL, split.CLOUD, split.CUT, split.NEUROSURGEON)
-    assert row["over the best"] == pytest.approx(row[split.FEDGE] / min(row[way] for way in ways), rel=0.02)
+    fastest = min(row[way] for way in ways)  # as printed, to a tenth of a millisecond
+    assert (row[split.FEDGE] - 0.05) / (fastest + 0.05) <= row["over the best"]
+    assert row["over the best"] <= (row[split.FEDGE] + 0.05) / (fastest - 0.05)
 
 
 def test_ways_are_what_their_names_say(network: Network) -> None:
