@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedge.core.errors import FedgeError
 from fedge.printing import Json, note, say, table
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def export(
         made = cut_up(file, folder, cuts=cut or None, exits=[*made_exits, *exits], image=size)
     try:
         made = offer(folder) if held_out is None else assess(folder, *held_out, lose=lose)
-    except FedgeError:
+    except BaseException:
         shutil.rmtree(folder)  # it was new: the same command, mended, must find room
         raise
     _show_bundle(made, folder, json)
@@ -287,15 +286,23 @@ def _megabytes(size: int | None) -> str:
 
 
 def _told(path: str, answer: "Answer", bundle: "Bundle") -> dict[str, Any]:
-    """An answer as data; the class where the output is a row of logits."""
+    """An answer as data; the class where the output is a row of logits for the model's classes."""
     told = {key: value for key, value in asdict(answer).items() if key != "outputs"} | {"input": path}
     output = answer.output
-    if output is not None and output.ndim == 2 and len(output) == 1:
+    if output is not None and _names_class(answer, bundle):
         best = int(output.argmax())
         told["class"] = bundle.classes[best] if best < len(bundle.classes) else best
     if output is not None:
         told["shape"] = list(output.shape)
     return told
+
+
+def _names_class(answer: "Answer", bundle: "Bundle") -> bool:
+    """Whether the output is one row of logits. Those of an exit may be of other classes, as a prefilter's are."""
+    output, (final, *_) = answer.output, bundle.boundaries[-1].tensors
+    if output is None or output.ndim != 2 or output.shape[0] != 1 or output.shape[1] < 2:
+        return False
+    return not answer.label.startswith("exit:") or output.shape[1] == final.shape[-1]
 
 
 def _line(told: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from fedge.edge.bundle import INPUT, Bundle, Tensor
 if TYPE_CHECKING:
     from fedge.edge.split.image import Image
 
+MOST_DIGITS = 9  # of an extent
 HINT = "write it with numpy.save, one input or a batch of them"
 
 
@@ -75,7 +76,7 @@ def _made(factory: str, shape: tuple[int, ...], folder: Path) -> tuple[Path, Exi
 def extents(text: str) -> tuple[int, ...]:
     """Whole numbers between x, such as 1x3x32x32. Raises ExperimentError."""
     parts = text.split("x")
-    if not text or not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
+    if not all(_whole(part) for part in parts):
         raise ExperimentError(f"--input {text!r}: write the shape of one sample, such as 1x3x32x32.")
     shape = tuple(map(int, parts))
     if 4 * prod(shape) > EdgeLimits().max_tensor_bytes:
@@ -83,13 +84,20 @@ def extents(text: str) -> tuple[int, ...]:
     return shape
 
 
+def _whole(text: str) -> bool:
+    """Whether this is a whole number above 0 that is an extent; Python itself refuses thousands of digits."""
+    return text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS and int(text) > 0
+
+
 def image(size: str, mean: str, std: str) -> "Image":
     """How the model wants pictures. Raises ExperimentError."""
     from fedge.edge.split.image import Image
 
     height, _, width = size.partition("x")
-    if not all(part.isascii() and part.isdecimal() and int(part) for part in (height, width)):
+    if not all(_whole(part) for part in (height, width)):
         raise ExperimentError(f"--image {size!r}: write HEIGHTxWIDTH in pixels, such as 224x224.")
+    if 3 * int(height) * int(width) > EdgeLimits().max_tensor_bytes:
+        raise ExperimentError(f"--image {size}: a picture is at most {EdgeLimits().max_tensor_bytes} bytes; give less.")
     red, green, blue = numbers(mean, 3)
     by_red, by_green, by_blue = numbers(std, 3)
     return Image(int(height), int(width), (red, green, blue), (by_red, by_green, by_blue))
@@ -144,7 +152,7 @@ def read(path: Path, bundle: Bundle) -> Iterator[tuple[str, Array]]:
         yield str(path), _picture(path, tensor)
         return
     array = _array(path)
-    if array.ndim != len(tensor.shape) or not tensor.shape or tensor.shape[0] >= 0 or len(array) == 1:
+    if array.ndim != len(tensor.shape) or tensor.shape[:1] != (-1,) or len(array) == 1:
         yield str(path), array
         return
     for row in range(len(array)):

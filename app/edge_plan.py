@@ -21,8 +21,8 @@ def of(model: Path, device: Path | None, cloud: Path | None, slower: float, link
 
     The device is `slower` times slower than its profile. Raises the errors of loading, measuring and planning.
     """
-    if not 0 < slower < float("inf"):
-        raise ExperimentError(f"--slower {slower}: give a factor above 0.")
+    if not 0 < slower <= 1e9:
+        raise ExperimentError(f"--slower {slower}: give a factor above 0 and 1e9 at most.")
     if model.is_dir():
         return _planned(model, bundles.load(model), device, cloud, slower, link, bounds)
     edge_inputs.needs("onnx", "export")

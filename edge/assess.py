@@ -32,10 +32,35 @@ Judge = Callable[[Array, Array], Array]
 
 
 def same_class(output: Array, truth: Array) -> Array:
-    """Which of the samples' logits [n, C] name the class [n], or the class that other logits [n, C] name."""
-    named = truth if truth.ndim == 1 else truth.argmax(axis=-1)
-    right: Array = output.argmax(axis=-1) == named
+    """Which of the samples' logits [n, C >= 2] name the class [n], or the class that other logits [n, C] name.
+
+    Raises DataError where the output names no class, or the truth is neither.
+    """
+    if not _names(output):
+        raise DataError(
+            f"The model's output has the shape {list(output.shape)} and names no class of each sample; "
+            "go without held-out data, or call assess with a judge of your own."
+        )
+    right: Array = output.argmax(axis=1) == _classes(output, truth)
     return right
+
+
+def _names(output: Array) -> bool:
+    """Whether these are logits [n, C >= 2]."""
+    return output.ndim == 2 and output.shape[1] >= 2
+
+
+def _classes(output: Array, truth: Array) -> Array:
+    """The classes [n] that the truth names for an output [n, C]."""
+    if truth.shape == output.shape:
+        named: Array = truth.argmax(axis=1)
+        return named
+    count, most = output.shape
+    if truth.shape != (count,) or truth.dtype.kind not in "iu":
+        raise DataError(f"Labels are {truth.dtype} {list(truth.shape)}; give one whole number per sample, [{count}].")
+    if truth.min() < 0 or truth.max() >= most:
+        raise DataError(f"Labels go from {truth.min()} to {truth.max()}, the output has {most} classes; mend them.")
+    return truth
 
 
 @dataclass(slots=True)
@@ -64,10 +89,12 @@ def assess(
     The exits' thresholds are the lowest with which, surely enough, at most `lose` of the full model's accuracy is lost;
     without `y`, with which at most so many answers differ from the full model's. `tried` names the codings of a
     boundary; by default a few that suit its type. `judge(outputs [n, ...], truth) -> [n]` in [0, 1] says how right an
-    answer is, the truth being `y` or the full model's outputs. The bundle's version changes, so deploy it again.
+    answer is, the truth being `y` or the full model's outputs. An exit with other logits than the output, such as a
+    prefilter, keeps its settings. The bundle's version changes, so deploy it again.
 
-    Raises DataError where there is no sample or the truth has another length, RefusedTensor where samples do not fit
-    the model or a coding is none, ExperimentError where `lose` is outside [0, 1] or `tried` names no boundary.
+    Raises DataError where there is no sample, or the judge can say nothing of the outputs or the truth; RefusedTensor
+    where samples do not fit the model or a coding is none, ExperimentError where `lose` is outside [0, 1] or `tried`
+    names no boundary.
     """
     bundle = bundles.load(folder)
     _check(bundle, x, y, lose)
@@ -121,11 +148,15 @@ def _check(bundle: Bundle, x: Array, y: Array | None, lose: float) -> None:
 
 
 def _batch(bundle: Bundle) -> int:
-    """Samples at a time: many where every boundary leaves the batch free, else as many as the input says."""
-    tensors = [tensor for boundary in bundle.boundaries for tensor in boundary.tensors]
-    if all(tensor.shape and tensor.shape[0] < 0 for tensor in tensors):
+    """Samples at a time: many where the batch leads every tensor, else as many as the input says, one if it is free."""
+    if all(_batched(boundary) for boundary in bundle.boundaries):
         return BATCH
     return max(1, *bundle.boundary(INPUT).tensors[0].shape[:1])
+
+
+def _batched(boundary: Boundary) -> bool:
+    """Whether the first extent of every tensor is the batch, and no other free extent."""
+    return all(tensor.shape[:1] == (-1,) for tensor in boundary.tensors)
 
 
 def suited(boundary: Boundary) -> Sequence[str]:
@@ -208,8 +239,7 @@ def _send(
     """Code each sample by itself, as a device would, and let the tail answer what comes out of it."""
     tensors = bundle.boundary(name).tensors
     count = len(next(iter(values.values())))
-    free = all(tensor.shape and tensor.shape[0] < 0 for tensor in tensors)
-    parts = [slice(at, at + 1) for at in range(count)] if free else [slice(None)]
+    parts = [slice(at, at + 1) for at in range(count)] if _batched(bundle.boundary(name)) else [slice(None)]
     decoded: dict[str, list[Array]] = {tensor.name: [] for tensor in tensors}
     try:
         for part in parts:
@@ -230,10 +260,14 @@ def _mean(sizes: Sequence[int]) -> float:
 
 
 def _calibrated(bundle: Bundle, seen: _Seen, y: Array | None, lose: float, rule: str) -> tuple[Exit, ...]:
-    """The exits with temperatures, thresholds, and what they did."""
+    """The exits with temperatures, thresholds, and what they did. Those of other classes than the output's stay."""
     final = np.concatenate(seen.outputs)
-    logits = [np.concatenate(seen.exits[leave.name]) for leave in bundle.exits]
-    truth = final.argmax(axis=1) if y is None else np.asarray(y, np.int64)
+    found = {name: np.concatenate(parts) for name, parts in seen.exits.items()}
+    kin = [leave for leave in bundle.exits if _names(final) and found[leave.name].shape == final.shape]
+    if not kin:
+        return bundle.exits
+    logits = [found[leave.name] for leave in kin]
+    truth = np.asarray(_classes(final, final if y is None else y), np.int64)
     full = 1.0 if y is None else float(np.mean(final.argmax(axis=1) == truth))
     places = {boundary.name: boundary.position for boundary in bundle.boundaries}
     chosen = choose_thresholds(
@@ -242,7 +276,18 @@ def _calibrated(bundle: Bundle, seen: _Seen, y: Array | None, lose: float, rule:
         None if y is None else truth,
         wanted=max(full - lose - LEAST, 0.0),
         temperatures=[temperature(one, truth) for one in logits],
-        work=[*(float(places[leave.boundary]) for leave in bundle.exits), float(places[OUTPUT])],
+        work=[*(float(places[leave.boundary]) for leave in kin), float(places[OUTPUT])],
         rule=rule,
     )
-    return chosen.put(bundle.exits)
+    return _beside(bundle.exits, {leave.name: leave for leave in chosen.put(kin)})
+
+
+def _beside(exits: tuple[Exit, ...], calibrated: Mapping[str, Exit]) -> tuple[Exit, ...]:
+    """The calibrated exits in their places. They share what the others, which were not measured here, leave over."""
+    rest = max(0.0, 1.0 - sum(leave.share for leave in exits if leave.name not in calibrated))
+    return tuple(
+        msgspec.structs.replace(calibrated[leave.name], share=rest * calibrated[leave.name].share)
+        if leave.name in calibrated
+        else leave
+        for leave in exits
+    )

@@ -12,22 +12,28 @@ import onnx, onnxruntime or torch.
 
 import hashlib
 from collections.abc import Mapping
+from math import inf
 from pathlib import Path, PurePosixPath
 
 import msgspec
 
 from fedge.core.errors import BadBundle
 from fedge.core.limits import EdgeLimits
+from fedge.edge.exits.rules import RULES
 
 FORMAT = 1
 INPUT = "input"  # the name of the first boundary
 OUTPUT = "output"  # and of the last
 DESCRIPTION = "bundle.json"
 WEIGHTS = "weights.data"
+MOST_BYTES = 1 << 40  # that a sample may be said to take; more would overflow in estimates of time
 
 
 class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one tensor must look like. A negative extent is free (the batch)."""
+    """What one tensor must look like. An extent of -1 is the batch: free, and what tensors are stacked along.
+
+    -2 is any other free extent, as of a list of findings: never stacked, and not a count of samples.
+    """
 
     name: str
     dtype: str
@@ -113,7 +119,7 @@ def version_of(bundle: Bundle) -> str:
 
 def write(folder: Path, bundle: Bundle) -> Bundle:
     """Hash the files that lie in `folder`, give the bundle its version and write its description."""
-    names = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DESCRIPTION)
+    names = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / DESCRIPTION)
     files = {path.relative_to(folder).as_posix(): (path.stat().st_size, digest(path)) for path in names}
     bundle = msgspec.structs.replace(bundle, files=files, version="")
     bundle = msgspec.structs.replace(bundle, version=version_of(bundle))
@@ -124,7 +130,8 @@ def write(folder: Path, bundle: Bundle) -> Bundle:
 def load(folder: Path, limits: EdgeLimits = EdgeLimits()) -> Bundle:
     """The verified bundle in `folder`.
 
-    Raises BadBundle where a file is missing, too large, outside the folder, or not what its hash promises.
+    Raises BadBundle where a file is missing, too large, outside the folder, or not what its hash promises, where the
+    folder holds anything else, and where the description contradicts itself.
     """
     path = folder / DESCRIPTION
     try:
@@ -152,6 +159,11 @@ def _check_files(folder: Path, files: Mapping[str, tuple[int, str]], limits: Edg
         path = folder / name
         if not path.is_file() or path.is_symlink() or path.stat().st_size != size or digest(path) != sha256:
             raise BadBundle(f"{name!r} of the bundle is missing or changed; copy the whole folder again.")
+    for path in folder.rglob("*"):  # a piece may keep its weights in any file of the folder: none may be unknown
+        known = path == folder / DESCRIPTION or path.relative_to(folder).as_posix() in files
+        if path.is_symlink() or not (known or path.is_dir()):
+            name = path.relative_to(folder).as_posix()
+            raise BadBundle(f"{name!r} lies in the bundle's folder but is no part of it; move it elsewhere.")
 
 
 def _check_line(bundle: Bundle, limits: EdgeLimits) -> None:
@@ -163,6 +175,8 @@ def _check_line(bundle: Bundle, limits: EdgeLimits) -> None:
         raise BadBundle("The boundaries of the bundle do not run from input to output; export it again.")
     if len(bundle.pieces) > limits.max_pieces:
         raise BadBundle(f"The bundle has {len(bundle.pieces)} pieces, {limits.max_pieces} are allowed.")
+    if positions[0] < 0 or not all(boundary.tensors for boundary in bundle.boundaries):
+        raise BadBundle("A boundary of the bundle has no tensors, or lies before the input; export it again.")
     exits = {leave.name for leave in bundle.exits}
     for piece in bundle.pieces:
         known = piece.start in order and piece.end in order and exits.issuperset(piece.exits)
@@ -170,6 +184,43 @@ def _check_line(bundle: Bundle, limits: EdgeLimits) -> None:
             raise BadBundle(f"The piece {piece.file!r} joins boundaries that are not there; export the bundle again.")
     if any(leave.boundary not in order for leave in bundle.exits) or not order.keys() >= bundle.codings.keys():
         raise BadBundle("An exit or a coding of the bundle names a boundary that is not there; export it again.")
+    _check_pieces(bundle)
+    _check_figures(bundle)
+
+
+def _check_pieces(bundle: Bundle) -> None:
+    """Every piece takes what crosses its start, and gives what crosses its end and the logits of its exits.
+
+    A model that is fed more inputs on the way may give some of its outputs there as well.
+    """
+    exits = {leave.name: leave for leave in bundle.exits}
+    sides = any(len(piece.inputs) > len(bundle.boundary(piece.start).tensors) for piece in bundle.pieces)
+    for piece in bundle.pieces:
+        end = set(bundle.boundary(piece.end).tensors)
+        given = end.intersection(piece.outputs) if sides and piece.end == OUTPUT else end
+        given |= {exits[name].logits for name in piece.exits}
+        takes = set(piece.inputs).issuperset(bundle.boundary(piece.start).tensors)
+        if not takes or not given or not given.issubset(piece.outputs):
+            raise BadBundle(f"The piece {piece.file!r} does not join its boundaries' tensors; export the bundle again.")
+        if piece.end != OUTPUT and {leave.name for leave in bundle.exits if leave.boundary == piece.end} - {
+            *piece.exits
+        }:
+            raise BadBundle(f"The piece {piece.file!r} leaves out an exit at its end; export the bundle again.")
+
+
+def _check_figures(bundle: Bundle) -> None:
+    """What was calibrated and measured can be used, and exits can be told apart."""
+    if len({leave.name for leave in bundle.exits}) < len(bundle.exits):
+        raise BadBundle("Two exits of the bundle have the same name; export it again.")
+    if bundle.rule not in RULES:
+        raise BadBundle(f"The bundle's exit rule {bundle.rule!r} is unknown; use one of {', '.join(RULES)}.")
+    for leave in bundle.exits:
+        parts = (leave.threshold, leave.share, leave.accuracy, leave.final_accuracy)
+        if not 0 < leave.temperature < inf or not all(0 <= part <= 1 for part in parts):
+            raise BadBundle(f"The figures of the exit {leave.name!r} are impossible; calibrate the bundle again.")
+    for sent in (sent for told in bundle.codings.values() for sent in told.values()):
+        if not 0 <= (sent.accuracy or 0) <= 1 or not 0 <= (sent.bytes or 0) <= MOST_BYTES:
+            raise BadBundle("The figures of a coding of the bundle are impossible; assess the bundle again.")
 
 
 def _inside(name: str) -> bool:

@@ -283,6 +283,22 @@ def test_an_image_of_another_size_kind_or_colour_is_refused_before_it_is_decoded
             decode(replace(jpeg, data=data), wanted(photo()))
 
 
+def test_a_jpeg_of_thousands_of_scans_or_a_file_larger_than_its_pixels_is_refused():
+    file = io.BytesIO()
+    image = photo(64, 64)
+    Image.fromarray(image[0]).save(file, "JPEG", progressive=True)
+    honest = replace(encode("x", image, "jpeg90"), data=file.getvalue())
+    assert decode(honest, wanted(image)).shape == image.shape
+    at = honest.data.rindex(b"\xff\xda")
+    scans = honest.data[:at] + honest.data[at:-2] * 40 + honest.data[-2:]
+    padded = honest.data + bytes(1 << 17)
+    for data in (scans, padded):
+        with pytest.raises(RefusedTensor, match="scans"):
+            decode(replace(honest, data=data), wanted(image))
+    noise = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), np.uint8)
+    assert decode(encode("x", noise, "jpeg100"), wanted(noise)).shape == noise.shape
+
+
 def mutated(data):
     """Bytes of a real message with some of them changed, or any bytes at all."""
     places = st.lists(st.tuples(st.integers(0, max(0, len(data) - 1)), st.integers(0, 255)), max_size=6)

@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -212,6 +213,54 @@ def test_a_model_of_a_fixed_batch_takes_whole_batches(tmp_path: Path) -> None:
         assess(tmp_path / "b", x[:5])
 
 
+def rows_of(net: Net, inputs: list[Any], outputs: list[Any], path: Path, **settings: Any) -> Path:
+    """The bundle of a network from `x` to `y`, in the folder `path`."""
+    made = net.model({"x": (TensorProto.FLOAT, inputs)}, {"y": (TensorProto.FLOAT, outputs)})
+    export(save(made, path.with_suffix(".onnx")), path, **settings)
+    return path
+
+
+def test_a_cut_whose_rows_are_not_samples_is_sent_a_sample_at_a_time(tmp_path: Path) -> None:
+    """Two rows of the cut belong to one sample, so its bytes are those of both."""
+    net = Net(6)
+    net.op("Reshape", "x", net.const([-1, 4], np.int64), name="split")
+    net.op("Relu", "split", name="cut")
+    net.op("Gemm", net.op("Reshape", "cut", net.const([-1, 8], np.int64)), net.weight(8, 3), name="y")
+    folder = rows_of(net, ["n", 8], ["n", 3], tmp_path / "b", cuts=["cut"])
+    assert load(folder).boundary("cut").tensors[0].shape == (-2, 4)
+    x = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    found = assess(folder, x).codings
+    assert found["cut"]["raw"] == found[INPUT]["raw"] == Sent(1.0, 8 * 4)
+
+
+def filtered(path: Path) -> Path:
+    """A prefilter `empty` of two logits, then an exit `sure` of three, as many as the output."""
+    net = Net(7)
+    net.op("Relu", net.op("MatMul", "x", net.weight(4, 4)), name="first")
+    net.op("MatMul", "first", net.weight(4, 2), name="empty")
+    net.op("Relu", net.op("MatMul", "first", net.weight(4, 4)), name="second")
+    net.op("MatMul", "second", net.weight(4, 3), name="sure")
+    net.op("MatMul", net.op("Relu", net.op("MatMul", "second", net.weight(4, 4))), net.weight(4, 3), name="y")
+    exits = [("empty", "empty"), ("sure", "sure")]
+    return rows_of(net, ["n", 4], ["n", 3], path, cuts=["first", "second"], exits=exits)
+
+
+@pytest.mark.parametrize("rule", ["confidence", "patience"])
+def test_an_exit_of_other_classes_keeps_its_settings_and_the_others_are_calibrated(tmp_path: Path, rule: str) -> None:
+    folder = filtered(tmp_path / "b")
+    before = load(folder)
+    settings = {"threshold": 0.9, "share": 0.25, "accuracy": 1.0, "final_accuracy": 1.0}
+    prefilter = msgspec.structs.replace(before.exits[0], **settings)
+    write(folder, msgspec.structs.replace(before, exits=(prefilter, before.exits[1])))
+    x = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
+    made = assess(folder, x, lose=1.0, rule=rule)
+    assert made.exits[0] == prefilter
+    assert made.exits[1].temperature != 1.0
+    assert 0.0 < made.exits[1].share + prefilter.share <= 1.0
+    if rule == "confidence":
+        assert made.exits[1].share == pytest.approx(0.75)  # all that the prefilter leaves over
+
+
 def test_offered_without_samples_is_only_what_changes_nothing(folder: Path) -> None:
     made = offer(folder)
     assert made == load(folder)
@@ -250,6 +299,51 @@ def test_what_cannot_be_assessed_leaves_the_bundle_as_it_was(
     with pytest.raises(error, match=said):
         assess(folder, given.pop("x"), given.pop("y"), **given)
     assert load(folder) == before
+
+
+def with_output(columns: int, folder: Path) -> Path:
+    net = Net(8)
+    net.op("MatMul", net.op("Relu", "x"), net.weight(4, columns), name="y")
+    return rows_of(net, ["n", 4], ["n", columns], folder, cuts=[])
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (np.arange(90, 98), "Labels go from 90 to 97"),
+        (np.full(8, -1), "Labels go from -1"),
+        (np.zeros((8, 1), np.int64), "one whole number per sample"),
+        (np.zeros(8), "one whole number per sample"),
+        (np.zeros((8, 2), np.float32), "one whole number per sample"),
+    ],
+)
+def test_labels_that_the_output_cannot_have_are_refused_without_exits_too(
+    tmp_path: Path, labels: Array, said: str
+) -> None:
+    folder = with_output(3, tmp_path / "b")
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    with pytest.raises(DataError, match=said):
+        assess(folder, x, labels)
+    assert assess(folder, x, np.eye(3, dtype=np.float32)[[0] * 8]).codings[INPUT]["raw"].accuracy is not None
+
+
+@pytest.mark.parametrize("labels", [None, np.zeros(8, np.int64)])
+def test_an_output_that_names_no_class_needs_a_judge(tmp_path: Path, labels: Array | None) -> None:
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    flat = Net(9)
+    flat.op("ReduceSum", flat.op("Relu", "x"), flat.const([1], np.int64), name="y", keepdims=0)
+    square = Net(10)
+    square.op("Unsqueeze", square.op("Relu", "x"), square.const([2], np.int64), name="y")
+    folders = [
+        with_output(1, tmp_path / "one"),
+        rows_of(flat, ["n", 4], ["n"], tmp_path / "flat", cuts=[]),
+        rows_of(square, ["n", 4], ["n", 4, 1], tmp_path / "square", cuts=[]),
+    ]
+    for folder in folders:
+        with pytest.raises(DataError, match="names no class"):
+            assess(folder, x, labels)
+        made = assess(folder, x, labels, judge=lambda output, truth: np.ones(len(output)))
+        assert made.codings[INPUT]["raw"].accuracy == 1.0
 
 
 def test_a_model_with_two_inputs_is_refused(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from fedge.edge.bundle import load
+from fedge.edge.bundle import Boundary, Bundle, Tensor, load
+from fedge.edge.cloud.session import Answer
 from tests.onnx_models import resnet, save
 
 with warnings.catch_warnings():  # typer still imports what click has deprecated
     warnings.filterwarnings("ignore", ".*Click 9", DeprecationWarning)
-    from fedge import cli
+    from fedge import cli, edge_cli, edge_inputs
 
 FEDGE = [sys.executable, "-m", "fedge", "edge"]
 EXITS = ("--exit", "one=exit1", "--exit", "two=exit2")
@@ -283,6 +284,10 @@ REFUSED = [
     ("export model.onnx {new} --cut nowhere", 4, "nowhere"),
     ("export model.onnx {new} --image 32", 2, "HEIGHTxWIDTH"),
     ("export model.onnx {new} --image 16x16", 4, "model's size"),
+    ("export model.onnx {new} --image 100000000000000000000x4", 2, "HEIGHTxWIDTH"),
+    (f"export model.onnx {{new}} --image {'9' * 5000}x4", 2, "HEIGHTxWIDTH"),
+    ("export model.onnx {new} --image 99999x99999", 2, "at most"),
+    (f"export own_nets:plain {{new}} --input 1x{'9' * 5000}", 2, "--input"),
     ("export model.onnx {new} --image 32x32 --mean 1", 2, "3 numbers"),
     ("export model.onnx {new} --image 32x32 --std 0,1,1", 4, "positive"),
     ("export no.such:factory {new} --input 1x3x8x8", 2, "cannot import"),
@@ -305,6 +310,7 @@ REFUSED = [
     ("plan bundle --bandwidth 0", 2, "bandwidth above 0"),
     ("plan bundle --rtt nan", 2, "round trip"),
     ("plan bundle --slower nan", 2, "--slower"),
+    ("plan bundle --slower 1e308", 2, "--slower"),
     ("plan bundle --memory nan", 2, "--memory"),
     ("plan bundle --energy 1", 2, "2 numbers"),
     ("plan bundle --energy=-1,0", 2, "energy_j"),
@@ -350,7 +356,7 @@ def bad(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("words", "code", "said"), REFUSED, ids=[words for words, _, _ in REFUSED])
+@pytest.mark.parametrize(("words", "code", "said"), REFUSED, ids=[words[:99] for words, _, _ in REFUSED])
 def test_what_cannot_be_done_is_one_sentence_and_leaves_nothing_behind(
     here: Path,
     bad: Path,
@@ -373,6 +379,39 @@ def test_what_cannot_be_done_is_one_sentence_and_leaves_nothing_behind(
     assert not new.exists()
     anchor = error["help"].partition("#")[2].upper()
     assert f"### {anchor}\n" in (Path(cli.__file__).parents[1] / "docs" / "errors.md").read_text()
+
+
+@pytest.mark.parametrize("error", [ValueError("surprise"), KeyboardInterrupt()])
+def test_export_leaves_no_folder_behind_whatever_happens(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(*args: Any, **settings: Any) -> None:
+        assert (tmp_path / "b" / "bundle.json").exists()
+        raise error
+
+    monkeypatch.setattr("fedge.edge.assess.offer", fail)
+    with pytest.raises(type(error)):
+        edge_cli.export("model.onnx", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_class_is_told_only_where_the_answer_is_one_of_the_models(made: Path) -> None:
+    """Not for a prefilter, whose first logit says that there is nothing."""
+    bundle = load(made / "bundle")
+    for label, columns, named in (("exit:empty", 2, False), ("exit:one", 10, True), ("device", 10, True)):
+        answer = Answer({"t": np.ones((1, columns), np.float32)}, label, "local", "v", 0.1, late=False)
+        assert ("class" in edge_cli._told("x", answer, bundle)) == named
+    number = Answer({"t": np.ones((1, 1), np.float32)}, "device", "local", "v", 0.1, late=False)
+    assert edge_cli._told("x", number, bundle)["shape"] == [1, 1]
+    assert "class" not in edge_cli._told("x", number, bundle)
+
+
+def test_the_rows_of_a_file_are_samples_only_where_the_first_extent_is_the_batch(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((3, 2), np.float32))
+    for first, count in ((-1, 3), (-2, 1), (3, 1)):
+        ends = tuple(Boundary(name, (Tensor(name, "float32", (first, 2)),), 0) for name in ("input", "output"))
+        found = list(edge_inputs.read(tmp_path / "x.npy", Bundle(1, "", "m", ends, (), {})))
+        assert [array.shape for _, array in found] == [(3 // count, 2)] * count
 
 
 def test_an_answer_that_can_only_come_late_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

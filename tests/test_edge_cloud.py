@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,11 +20,12 @@ from hypothesis import strategies as st
 
 from fedge.core.errors import AddressError, FedgeError, ModelError, OtherBundle, Overloaded, RefusedTensor, TooLate
 from fedge.core.limits import EdgeLimits
-from fedge.edge.bundle import Bundle, load
+from fedge.edge.bundle import Bundle, Tensor, load
 from fedge.edge.cloud import wire
 from fedge.edge.cloud.batcher import Batcher, Waiting
-from fedge.edge.cloud.engine import Engine
+from fedge.edge.cloud.engine import Engine, _shares
 from fedge.edge.cloud.serving import tail_at
+from fedge.edge.cloud.tail import TailService, _Stream, _Work
 from fedge.edge.coding.codings import Coded, decode, encode
 from fedge.edge.plan import profile as profiles
 from fedge.protos import edge_pb2 as pb
@@ -324,6 +326,75 @@ def test_requests_of_several_devices_share_a_batch_and_get_their_own_rows(folder
     for number, reply in enumerate(replies):
         expected = tiny.whole(tiny.sample(number, rows[number]))
         np.testing.assert_allclose(output(bundle, reply), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_counts_samples_is_stacked(bundle: Bundle) -> None:
+    whole = bundle.piece("input", "output")
+    assert wire.stackable(whole)
+    windows = Tensor("x", "float32", (-2, 16))  # e.g. four windows for each sample
+    assert not wire.stackable(msgspec.structs.replace(whole, inputs=(windows,)))
+    assert not wire.stackable(msgspec.structs.replace(whole, outputs=(Tensor("logits", "float32", (-2, 4)),)))
+    assert not wire.stackable(msgspec.structs.replace(whole, outputs=(Tensor("logits", "float32", (-1, -2)),)))
+    pieces = tuple(
+        msgspec.structs.replace(piece, inputs=(windows,)) if piece.file == whole.file else piece
+        for piece in bundle.pieces
+    )
+    message = pb.TailRequest.FromString(request(bundle, tensors=[coded(rows=20)]))
+    found = wire.check_request(message, msgspec.structs.replace(bundle, pieces=pieces), EdgeLimits())
+    assert (found.rows, found.key) == (1, None)
+
+
+def test_a_piece_that_changes_the_number_of_rows_gives_nobody_the_rows_of_another() -> None:
+    tensor = Tensor("logits", "float32", (-1, 4))
+    with pytest.raises(ModelError):
+        _shares((tensor,), {"logits": np.zeros((1, 4), np.float32)}, [2, 2])
+
+
+def test_ranges_are_counted_and_bounded(bundle: Bundle) -> None:
+    message = pb.TailRequest.FromString(request(bundle))
+    plain = wire.check_request(message, bundle, EdgeLimits()).size_bytes
+    message.tensors[0].low.extend([0.0] * 16)
+    assert wire.check_request(message, bundle, EdgeLimits()).size_bytes > plain + 4 * 16
+    message.tensors[0].low.append(0.0)
+    with pytest.raises(RefusedTensor, match="ranges"):
+        wire.check_request(message, bundle, EdgeLimits())
+    assert wire.from_pb(pb.Coded(coding="u8", low=[0.0], high=[1.0]), EdgeLimits()).low == (0.0,)
+
+
+def test_replies_that_nobody_reads_are_not_kept_without_bound(bundle: Bundle, folder: Path) -> None:
+    async def answers() -> list[str]:
+        room = asyncio.Event()
+        written: list[bytes] = []
+
+        class Context:  # a device that reads nothing before `room`
+            def done(self) -> bool:
+                return False
+
+            async def write(self, data: bytes) -> None:
+                await room.wait()
+                written.append(data)
+
+        limits = EdgeLimits(max_queue_bytes=400)
+        engine = Engine(folder, bundle, limits)
+        service = TailService(bundle, engine, limits=limits)
+        stream = _Stream(Context())
+        service._streams.add(stream)
+        for number in range(1, 9):
+            message = pb.TailRequest.FromString(request(bundle, number))
+            stream.begin()
+            work = _Work(wire.check_request(message, bundle, limits), stream)
+            service._answer(Waiting(work, None, 1, 1, 0.0, 9.0), (encode("logits", tiny.sample()[:, :4], "raw"),), 0.0)
+        room.set()
+        await stream.idle.wait()
+        service.close()
+        engine.close()
+        assert stream.unread_bytes == 0
+        return [pb.TailReply.FromString(data).reason for data in written]
+
+    reasons = asyncio.run(answers())
+    assert reasons[0] == ""
+    assert reasons[-1] == "OVERLOADED"
+    assert len(reasons) == 8
 
 
 def test_one_request_that_does_not_decode_leaves_the_others_of_its_batch_alone(folder: Path, bundle: Bundle) -> None:

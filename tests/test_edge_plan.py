@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
+from typing import Any
 
 import msgspec
 import pytest
@@ -103,6 +104,42 @@ def test_statistics_that_are_none_are_refused(stats: list[dict[str, float]]) -> 
     exits = tuple(Exit(f"e{at}", "b0", Tensor("l", "float32", (-1, 10)), **given) for at, given in enumerate(stats))
     with pytest.raises(DataError, match="measure them again"):
         build(msgspec.structs.replace(line.bundle, exits=exits), line.device, line.cloud)
+
+
+def test_a_cut_that_the_input_goes_around_breaks_the_bound_that_keeps_the_input() -> None:
+    """As where the number of rows is read off the input behind the cut."""
+    line = _line()
+    beside = (*line.bundle.boundary("b1").tensors, *line.bundle.boundary(INPUT).tensors)
+    ends = tuple(
+        msgspec.structs.replace(one, tensors=beside) if one.name == "b1" else one for one in line.bundle.boundaries
+    )
+    options = build(msgspec.structs.replace(line.bundle, boundaries=ends), line.device, line.cloud)
+    assert {option.boundary for option in options if option.carries_input} == {INPUT, "b1"}
+    rows = plan(options, Link(1e9, 0.0), Bounds(keep_input=True)).rows
+    assert {row.option.boundary for row in rows if row.breaks} == {INPUT, "b1"}
+
+
+@pytest.mark.parametrize("off", [(0,), (1,), (0, 1)])
+def test_exits_that_nobody_takes_disable_no_cut_and_no_other_exit(off: tuple[int, ...]) -> None:
+    """Pieces are those that export writes: from a boundary to the next exit's at most, or to the output."""
+    names = [INPUT, "b0", "b1", "b2", OUTPUT]
+    stats: dict[str, Any] = {"threshold": 0.5, "share": 0.4, "accuracy": 1.0, "final_accuracy": 1.0}
+    exits = [
+        Exit(f"e{at}", f"b{at}", Tensor(f"l{at}", "float32", (-1, 10)), **({} if at in off else stats))
+        for at in range(2)
+    ]
+    bundle = bundle_of(3, exits, {name: {"raw": Sent(0.9)} for name in names[:-1]})
+    pairs = [*pairwise(names), *((name, OUTPUT) for name in names[:-2])]
+    known = Profile("d", VERSION, 1, pieces={piece_key(*pair): 0.01 for pair in pairs})
+    options = build(bundle, known, known)
+    plain = {option.boundary for option in options if not option.exits}
+    used = {option.boundary: option.exits for option in options if option.exits}
+    on = tuple(f"e{at}" for at in range(2) if at not in off)
+    assert plain == {None, *names[:-1]}
+    assert used == ({} if not on else dict.fromkeys((None, "b2", "b1"), on) | ({"b0": on} if off == (1,) else {}))
+    deep = next(option for option in options if option.boundary == "b2" and option.exits == on)
+    assert deep.pieces == ((INPUT, "b0"), ("b0", "b1"), ("b1", "b2"))
+    assert deep.sent == pytest.approx(0.6 if on else 1.0)
 
 
 def test_real_bytes_count_more_than_those_of_a_profile() -> None:
@@ -208,7 +245,8 @@ def test_every_winner_has_its_range() -> None:
 def _option(boundary: str, worst_s: float = 0.0, size: float = 0.0, tail_s: float = 0.0) -> Option:
     if boundary == "local":
         return Option((), (), None, None, worst_s, worst_s, memory_bytes=0)
-    return Option((), (), boundary, "u8", worst_s, worst_s, 1.0, bytes=size, tail_s=tail_s, memory_bytes=0)
+    cost = {"bytes": size, "tail_s": tail_s, "carries_input": boundary == INPUT}
+    return Option((), (), boundary, "u8", worst_s, worst_s, 1.0, memory_bytes=0, **cost)  # type: ignore[arg-type]
 
 
 def _line() -> Line:

@@ -44,6 +44,8 @@ HEAD = b'{"device":"d","version":"v","threads":1'
         HEAD + b',"more":1}',
         HEAD + b',"pieces":{"a..b":-1.0}}',
         HEAD + b',"pieces":{"a..b":1e999}}',
+        HEAD + b',"pieces":{"a..b":1e308}}',
+        HEAD + b',"codings":{"a u8":{"encode_s":0,"decode_s":0,"bytes":1e308}}}',
         HEAD + b',"pieces":{"a..b":NaN}}',
         HEAD + b',"memory_bytes":{"a..b":' + b"9" * 400 + b"}}",
         HEAD + b',"operators":[["a",-1]]}',
@@ -58,7 +60,7 @@ def test_what_is_no_profile_is_refused(tmp_path: Path, data: bytes) -> None:
         profile.load(path)
 
 
-@pytest.mark.parametrize("figure", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("figure", [-1.0, math.nan, math.inf, 1e308])
 def test_a_profile_with_impossible_figures_is_not_written(tmp_path: Path, figure: float) -> None:
     with pytest.raises(DataError, match="measure"):
         profile.save(tmp_path / "p", Profile("d", "v", 1, operators=(("a", figure), ("a", 1.0))))

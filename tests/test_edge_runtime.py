@@ -3,8 +3,10 @@
 import json
 import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -200,6 +202,30 @@ def test_a_closed_piece_says_so(made, kept):
     runner.close()
     runner.close()
     with pytest.raises(ModelError, match="open it again"):
+        runner.run({"x": image()})
+
+
+def test_a_piece_closed_while_it_runs_still_answers(made, kept):
+    runner = open_piece(*made, *WHOLE, cache=kept)
+
+    class Closing(Mapping):
+        """Inputs that are read after the piece was found open, and before it is run."""
+
+        def __getitem__(self, name):
+            return image()
+
+        def __iter__(self):
+            return iter(("x",))
+
+        def __len__(self):
+            return 1
+
+        def items(self):
+            runner.close()
+            return super().items()
+
+    assert np.array_equal(runner.run(Closing())["logits"].argmax(), reference(image())["logits"].argmax())
+    with pytest.raises(ModelError, match="has been closed"):
         runner.run({"x": image()})
 
 
@@ -413,6 +439,72 @@ def test_what_onnxruntime_cannot_load_is_refused(made, tmp_path, text):
         open_piece(folder, bundle, *WHOLE, cache=tmp_path / "cache")
     assert isinstance(refused.value, BadBundle)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["other.bin", ".hidden", "pieces/bundle.json", "link"])
+def test_what_the_description_does_not_name_is_not_in_the_folder(made, tmp_path, name):
+    folder = tmp_path / "bundle"
+    shutil.copytree(made[0], folder)
+    (folder / "empty").mkdir()
+    assert bundles.load(folder) == made[1]
+    if name == "link":
+        (folder / name).symlink_to(tmp_path)
+    else:
+        (folder / name).write_bytes(b"weights that nobody hashed")
+    with pytest.raises(BadBundle, match=f"'{name}' lies in the bundle's folder but is no part of it; move it"):
+        bundles.load(folder)
+
+
+def with_exit(**changes):
+    return lambda bundle: {"exits": (msgspec.structs.replace(bundle.exits[0], **changes),)}
+
+
+def with_middle(**changes):
+    def changed(bundle):
+        first, middle, last = bundle.boundaries
+        return {"boundaries": (first, msgspec.structs.replace(middle, **changes), last)}
+
+    return changed
+
+
+def with_pieces(**changes):
+    return lambda bundle: {"pieces": tuple(msgspec.structs.replace(piece, **changes) for piece in bundle.pieces)}
+
+
+LIES = {
+    "no tensors": (with_middle(tensors=()), "has no tensors"),
+    "unknown tensor": (with_middle(tensors=(Tensor("q", "float32", (-1, 4)),)), "does not join its boundaries"),
+    "other shape": (with_middle(tensors=(Tensor("relu", "float32", (-1, 16, 12, 13)),)), "does not join"),
+    "unknown logits": (with_exit(logits=Tensor("zzz", "float32", (-1, 4))), "does not join"),
+    "no outputs": (with_pieces(outputs=(), exits=()), "does not join"),
+    "no inputs": (with_pieces(inputs=()), "does not join"),
+    "exit that tails lack": (with_pieces(exits=("early",)), "does not join"),
+    "exit passed over": (with_pieces(exits=()), "leaves out an exit"),
+    "threshold": (with_exit(threshold=-1.0), "'early' are impossible"),
+    "temperature": (with_exit(temperature=0.0), "'early' are impossible"),
+    "share": (with_exit(share=1.5), "'early' are impossible"),
+    "one name": (lambda bundle: {"exits": bundle.exits * 2}, "same name"),
+    "rule": (lambda _: {"rule": "nonsense"}, "rule 'nonsense' is unknown"),
+    "negative bytes": (
+        lambda _: {"codings": {"middle": {"raw": Sent(0.9, -1.0)}}},
+        "a coding of the bundle are imposs",
+    ),
+    "endless bytes": (
+        lambda _: {"codings": {"middle": {"raw": Sent(0.9, 1e308)}}},
+        "a coding of the bundle are imposs",
+    ),
+    "accuracy": (lambda _: {"codings": {"middle": {"raw": Sent(1.1)}}}, "a coding of the bundle are imposs"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_description_that_contradicts_itself_is_refused(made, tmp_path, lie):
+    changes, said = LIES[lie]
+    folder = tmp_path / "bundle"
+    shutil.copytree(made[0], folder)
+    bundles.write(folder, msgspec.structs.replace(made[1], **changes(made[1])))
+    with pytest.raises(BadBundle, match=said):
+        bundles.load(folder)
 
 
 # ---- measurement -------------------------------------------------------------------------------

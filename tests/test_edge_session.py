@@ -1,22 +1,28 @@
 """The device's session: who answers, under which label, and that it is right and in time."""
 
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from fedge.core.errors import AddressError, BadBundle, DataError, ExperimentError, RefusedTensor
+from fedge.core.errors import AddressError, BadBundle, DataError, ExperimentError, ModelError, RefusedTensor
 from fedge.core.limits import EdgeLimits
-from fedge.edge.bundle import Bundle, Sent, load
-from fedge.edge.cloud.device import start
-from fedge.edge.cloud.request import WAKE_S, reserved_s
+from fedge.edge.bundle import Bundle, Sent, Tensor, load, write
+from fedge.edge.cloud.device import FRESH_S, HALF_LIFE_S, Device, start
+from fedge.edge.cloud.request import WAKE_S, _outputs, reserved_s
 from fedge.edge.cloud.session import Answer, Session
+from fedge.edge.cloud.wire import Reply
+from fedge.edge.coding.codings import encode
 from fedge.edge.plan.planner import Bounds
+from fedge.edge.plan.scale import Scale
 from tests import edge_fixture as tiny
 from tests.relay import Relay
 
@@ -266,6 +272,69 @@ def test_a_session_can_be_closed_twice_and_while_it_connects(folder: Path, bundl
         session = Session(folder, where, profile=tiny.profile(bundle))
         session.close()
         session.close()
+        with pytest.raises(ModelError, match="closed"):
+            session.infer(tiny.sample())
+        assert not session._device._runners
+    tiny.until(lambda: not {"uplink", "pilot"} & {thread.name for thread in threading.enumerate()})
+
+
+def test_close_waits_for_the_request_that_runs(folder: Path, bundle: Bundle) -> None:
+    session = Session(folder, profile=tiny.profile(bundle), deadline_s=10)
+    closing = threading.Thread(target=session.close)
+    with session._turn:  # as a request does
+        closing.start()
+        closing.join(0.1)
+        assert closing.is_alive()
+        assert session._device._runners
+    closing.join(20)
+    assert not session._device._runners
+
+
+def test_a_model_with_several_inputs_is_refused_at_once(folder: Path, bundle: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "two")
+    first, *others = bundle.boundaries
+    two = msgspec.structs.replace(first, tensors=(*first.tensors, Tensor("z", "float32", (-1, 2))))
+    pieces = tuple(
+        msgspec.structs.replace(piece, inputs=two.tensors) if piece.start == "input" else piece
+        for piece in bundle.pieces
+    )
+    write(tmp_path / "two", msgspec.structs.replace(bundle, boundaries=(two, *others), pieces=pieces))
+    with pytest.raises(ModelError, match="inputs"):
+        Session(tmp_path / "two", profile=tiny.profile(bundle))
+
+
+@pytest.mark.parametrize("rows", [0, 2, 5])
+def test_a_reply_with_other_rows_than_were_sent_is_no_answer(
+    rows: int, folder: Path, bundle: Bundle, address: str
+) -> None:
+    with Session(folder, address, profile=tiny.profile(bundle), deadline_s=10) as session:
+        wrong = encode("logits", np.zeros((rows, 4), np.float32), "raw")
+        right = encode("logits", np.zeros((1, 4), np.float32), "raw")
+        assert _outputs(session._ends, Reply((right,), 0.0, ""), 1)["logits"].shape == (1, 4)
+        with pytest.raises(RefusedTensor, match="rows"):
+            _outputs(session._ends, Reply((wrong,), 0.0, ""), 1)
+
+
+def test_a_busy_spell_of_the_device_passes(folder: Path, bundle: Bundle) -> None:
+    with Session(folder, profile=tiny.profile(bundle), deadline_s=10) as session:
+        session._device.scale = Scale(device=1e5)  # then the piece of 0.1 ms would take 12.5 s
+        session._device._fresh_until["device"] = time.monotonic() + 0.3
+        assert session.infer(tiny.sample()).label == "none"
+        tiny.until(lambda: session.infer(tiny.sample()).label == "device")
+
+
+def test_what_was_observed_is_believed_for_a_while_and_then_forgotten(folder: Path, bundle: Bundle) -> None:
+    device = Device(folder, bundle, 1)
+    device.took("cloud", 1.0, 1e-3)
+    slow, now = device.scale.cloud, time.monotonic()
+    device.forget(now + FRESH_S / 2)
+    assert device.scale.cloud == slow > 1
+    device.forget(now + FRESH_S + HALF_LIFE_S)
+    assert device.scale.cloud == pytest.approx(slow**0.5, rel=0.05)
+    device.took("cloud", 1.0, 1e-3)
+    assert device.scale.cloud > slow**0.5
+    device.forget(now + 1000)
+    assert (device.scale.device, device.scale.cloud) == pytest.approx((1.0, 1.0))
 
 
 def test_the_device_keeps_the_time_for_its_deepest_answer_that_leaves_the_cloud_enough(

@@ -112,9 +112,19 @@ def test_other_settings_that_are_none_are_refused() -> None:
         rules.of_entropy(2.0, 3)
     with pytest.raises(ExperimentError):
         rules.of_patience(0)
-    for history in ([], [np.zeros((1, 2)), np.zeros((2, 2))]):
-        with pytest.raises(DataError, match="differ in shape"):
-            rules.decide("patience", history, 1.0, 0.5)
+    with pytest.raises(DataError, match="differ in shape"):
+        rules.decide("patience", [np.zeros((1, 2)), np.zeros((2, 2))], 1.0, 0.5)
+    with pytest.raises(DataError, match="no logits"):
+        rules.decide("patience", [], 1.0, 0.5)
+
+
+@pytest.mark.parametrize("rule", list(rules.RULES))
+def test_an_exit_of_other_classes_before_it_changes_nothing_for_an_exit(rule: str) -> None:
+    own, prefilter = np.array([[4.0, 0.0, 1.0]]), np.array([[0.0, 9.0]])
+    alone = rules.scores(rule, [own, own])
+    assert (rules.scores(rule, [own, prefilter, own]) == alone).all()
+    assert (rules.scores(rule, [prefilter, own, own]) == alone).all()
+    assert rules.decide(rule, [prefilter, own], 1.0, 0.0).all()
 
 
 def test_no_sample_is_no_fault() -> None:

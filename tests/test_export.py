@@ -246,6 +246,70 @@ def test_a_model_that_does_not_read_its_input_is_refused(tmp_path: Path) -> None
     assert export(tmp_path / "model.onnx", tmp_path / "bundle", primary="z").boundaries[0].tensors[0].name == "z"
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_shape_asked_of_a_tensor_whose_extents_are_unknown_is_not_made_up(batch: int, tmp_path: Path) -> None:
+    """What torch writes for x.view(x.size(0), -1) and a later .size(1)."""
+    net = Net()
+    shape = net.op("Concat", net.op("Shape", "x", start=0, end=1), net.const([-1], np.int64), axis=0)
+    p = net.op("Softmax", net.op("Reshape", net.op("Tanh", "x"), shape))
+    rows = net.op("Cast", net.op("Shape", p, start=0, end=1), to=FLOAT)
+    both = net.op("Cast", net.op("ReduceProd", net.op("Shape", p)), to=FLOAT)
+    width = net.op("Sqrt", net.op("Cast", net.op("Shape", p, start=1, end=2), to=FLOAT))
+    p = net.op("Add", net.op("Add", net.op("Div", p, width), rows), both)
+    net.op("MatMul", p, net.weight(6, 4), name="y")
+    model = net.model({"x": (FLOAT, ["batch", 2, 3])}, {"y": (FLOAT, ["batch", 4])})
+    bundle = exported(model, tmp_path)
+    feeds = onnx_models.feeds(model, batch=batch)
+    whole = onnx_models.run(model.SerializeToString(), feeds)["y"]
+    made = walk(bundle, tmp_path / "bundle", [INPUT, OUTPUT], feeds)["y"]
+    np.testing.assert_allclose(made, whole, rtol=1e-6)
+
+
+def test_no_cut_leaves_an_output_of_the_model_behind(tmp_path: Path) -> None:
+    model = onnx_models.resnet(exits=True)
+    bundle = exported(model, tmp_path)
+    assert [boundary.name for boundary in bundle.boundaries] == [INPUT, "relu2", "maxpool3", OUTPUT]
+    names = [tensor.name for tensor in bundle.boundary(OUTPUT).tensors]
+    assert names == ["logits", "exit1", "exit2"]
+    assert all([tensor.name for tensor in tail.outputs] == names for tail in bundle.pieces if tail.end == OUTPUT)
+    path = tmp_path / "model.onnx"
+    with pytest.raises(CannotCut, match="output 'exit1' of the model lies before the cut 'stage2'"):
+        export(path, tmp_path / "other", cuts=["stage2"])
+    with pytest.raises(CannotCut, match="output 'exit1' of the model lies before the cut 'stage2'"):
+        export(path, tmp_path / "other", exits=[("late", "exit2")])
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_side_output_of_the_input_alone_keeps_no_cut_away(tmp_path: Path) -> None:
+    """It runs first, wherever it stands in the file."""
+    net = Net()
+    part = net.op("Softmax", net.op("MatMul", "x", net.weight(8, 4)), name="part")
+    net.op("MatMul", net.op("Mul", part, "mask"), net.weight(4, 3), name="y")
+    net.op("Exp", "x", name="side")
+    inputs = {"x": (FLOAT, ["batch", 8]), "mask": (FLOAT, ["batch", 4])}
+    model = net.model(inputs, {"y": (FLOAT, ["batch", 3]), "side": (FLOAT, ["batch", 8])})
+    bundle = exported(model, tmp_path, cuts=["part"])
+    assert [tensor.name for tensor in bundle.piece(INPUT, "part").outputs] == ["part", "side"]
+    feeds = onnx_models.feeds(model)
+    made = walk(bundle, tmp_path / "bundle", [INPUT, "part", OUTPUT], feeds)
+    whole = onnx_models.run(model.SerializeToString(), feeds)
+    assert all(np.array_equal(made[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("name", ["batch", None])
+def test_only_the_batch_is_called_so(name: str | None, tmp_path: Path) -> None:
+    net = Net()
+    windows = net.op("Reshape", "x", net.const([-1, 4], np.int64))
+    part = net.op("Softmax", net.op("MatMul", windows, net.weight(4, 4)), name="windows")
+    whole = net.op("Reshape", net.op("MatMul", part, net.weight(4, 4)), net.const([-1, 8], np.int64))
+    net.op("Softmax", net.op("MatMul", "x", net.weight(8, 4)), name="rows")
+    net.op("MatMul", net.op("Concat", whole, "rows", axis=1), net.weight(12, 3), name="y")
+    bundle = exported(net.model({"x": (FLOAT, [name, 8])}, {"y": (FLOAT, [None, 3])}), tmp_path, cuts=["rows"])
+    assert {each.name: each.shape for boundary in bundle.boundaries for each in boundary.tensors} == {
+        "x": (-1, 8), "reshape4": (-2, 8), "rows": (-1, 4), "y": (-2, 3),
+    }  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimize", [True, False])
 def test_what_torch_exports_is_split(optimize: bool, tmp_path: Path) -> None:

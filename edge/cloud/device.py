@@ -7,7 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,12 @@ from fedge.core.params import Array
 from fedge.edge.bundle import INPUT, OUTPUT, Bundle, Exit
 from fedge.edge.exits.rules import decide
 from fedge.edge.plan.profile import Profile, piece_key
-from fedge.edge.plan.scale import Scale, device_took
+from fedge.edge.plan.scale import Scale, cloud_took, device_took
 from fedge.edge.runtime.sessions import Runner, open_piece
 
 Leg = tuple[str, str]  # the piece between two boundaries
 MARGIN, MARGIN_S = 1.25, 1e-3  # what predictions may be off: a factor, and the scheduler
+FRESH_S, HALF_LIFE_S = 2.0, 2.0  # a factor of `scale` is believed so long after a run, then goes back to 1 this fast
 
 
 @dataclass(slots=True)
@@ -46,6 +47,25 @@ class Device:
         self._opening = threading.Lock()
         self.profile = Profile("device", bundle.version, threads)
         self.scale = Scale()
+        self._fresh_until = {"device": time.monotonic(), "cloud": time.monotonic()}
+
+    def took(self, side: str, observed_s: float, profiled_s: float) -> None:
+        """`device` or `cloud` took so long for what is profiled so."""
+        step = device_took if side == "device" else cloud_took
+        self.scale = step(self.scale, observed_s, profiled_s)
+        self._fresh_until[side] = time.monotonic() + FRESH_S
+
+    def forget(self, now: float) -> None:
+        """Let what was observed long ago count less.
+
+        What looks too slow is not run, and what is not run is not observed: without this one busy spell would last
+        for ever.
+        """
+        for side, fresh_until in self._fresh_until.items():
+            if now > fresh_until:
+                weight = 0.5 ** ((now - fresh_until) / HALF_LIFE_S)
+                self.scale = replace(self.scale, **{side: getattr(self.scale, side) ** weight})
+                self._fresh_until[side] = now
 
     def open(self, legs: Sequence[Leg]) -> list[Runner]:
         """Have these pieces ready. Raises BadBundle."""
@@ -56,7 +76,7 @@ class Device:
             return [self._runners[leg] for leg in legs]
 
     def keep(self, legs: Sequence[Leg]) -> None:
-        """Have these pieces ready and no others, to hold no more memory than the plan takes. Raises BadBundle.
+        """Have these pieces ready and no others. Raises BadBundle.
 
         What a request is running at this moment goes when it is done.
         """
@@ -97,7 +117,7 @@ class Device:
         found = runner.run(walk.tensors)
         if walk.rows == 1:  # profiles are for one sample
             known_s = self.profile.pieces.get(piece_key(*leg), 0.0)
-            self.scale = device_took(self.scale, time.perf_counter() - began_at, known_s)
+            self.took("device", time.perf_counter() - began_at, known_s)
         walk.boundary = leg[1]
         walk.tensors = {tensor.name: found[tensor.name] for tensor in self._bundle.boundary(leg[1]).tensors}
         fresh = [self._exits[name] for name in runner.piece.exits if self._exits[name] not in walk.passed]
@@ -118,6 +138,6 @@ class Device:
 
 
 def start(bundle: Bundle, array: Array) -> Walk:
-    """A sample, or a batch where the first axis is free, at the input."""
+    """A sample, or a batch where the model takes one, at the input."""
     (tensor, *_) = bundle.boundary(INPUT).tensors
-    return Walk(INPUT, {tensor.name: array}, array.shape[0] if tensor.shape and tensor.shape[0] < 0 else 1)
+    return Walk(INPUT, {tensor.name: array}, array.shape[0] if tensor.shape[:1] == (-1,) else 1)

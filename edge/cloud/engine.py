@@ -1,8 +1,8 @@
 """The tails of one bundle in onnxruntime: a batch of requests in, one outcome for each of them out.
 
 A batched answer need not equal the single one to the last bit: onnxruntime's kernels add up in another order for
-another batch extent. It is equal within float32 rounding, and the same batch always gives the same bits. A first axis
-that is free is taken to be a batch, whose rows do not see each other. Must never know who asked, or wait.
+another batch extent. It is equal within float32 rounding, and the same batch always gives the same bits. An axis
+that the bundle calls the batch has rows that do not see each other. Must never know who asked, or wait.
 """
 
 import logging
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedge.core.errors import FedgeError, OurFault
+from fedge.core.errors import FedgeError, ModelError, OurFault
 from fedge.core.limits import EdgeLimits
 from fedge.core.params import Array
 from fedge.edge.bundle import OUTPUT, Bundle, Piece, Tensor
@@ -88,6 +88,8 @@ def _shares(tensors: Sequence[Tensor], outputs: Mapping[str, Array], rows: Seque
     columns = []
     for tensor in tensors:
         whole = outputs[tensor.name]
+        if rows and whole.shape[0] != sum(rows):
+            raise ModelError(f"{tensor.name!r} has {whole.shape[0]} rows for a batch of {sum(rows)}; export it again.")
         parts = np.split(whole, np.cumsum(rows)[:-1]) if rows else [whole]
         coding = "raw" if whole.nbytes < LARGE_BYTES * len(parts) else "raw+zstd"
         columns.append([encode(tensor.name, part, coding) for part in parts])

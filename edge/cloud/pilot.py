@@ -20,7 +20,7 @@ from fedge.edge.plan.options import Option
 from fedge.edge.plan.planner import Bounds
 from fedge.edge.plan.profile import Profile
 from fedge.edge.plan.replan import Replanner
-from fedge.edge.plan.scale import Scale, cloud_took
+from fedge.edge.plan.scale import Scale
 
 log = logging.getLogger("fedge")
 PERIOD_S = 0.1  # between two looks at the link
@@ -48,7 +48,7 @@ class Pilot:
 
     def cloud_took(self, option: Option, observed_s: float) -> None:
         """The cloud says that it spent so long on a request of this option."""
-        self._device.scale = cloud_took(self._device.scale, observed_s, option.decode_s + option.tail_s)
+        self._device.took("cloud", observed_s, option.decode_s + option.tail_s)
 
     def close(self) -> None:
         """End the thread."""
@@ -86,7 +86,7 @@ class Pilot:
         return replan.start(options, link, self._bounds)
 
     def _ready(self, option: Option) -> None:
-        """Open what this option runs, and what answers in its stead."""
+        """Open what this option runs, and what answers in its stead: more than the bound on memory counts."""
         starts = {leg[0] for leg in option.pieces} | {option.boundary or INPUT}
         onward = [leg for start in starts for leg in self._device.onward(start)]
         self._device.keep([*option.pieces, *self._local.pieces, *onward])

@@ -15,7 +15,7 @@ from fedge.edge.bundle import OUTPUT, Bundle
 from fedge.edge.cloud.device import Device, Walk
 from fedge.edge.cloud.pilot import Pilot
 from fedge.edge.cloud.uplink import Uplink
-from fedge.edge.cloud.wire import Reply
+from fedge.edge.cloud.wire import BATCH, Reply
 from fedge.edge.coding.codings import decode, encode
 from fedge.edge.plan.options import Option
 
@@ -46,6 +46,7 @@ class Ends:
 
 def answer(ends: Ends, option: Option, walk: Walk, due_at: float) -> Outcome:
     """Follow `option`, and what is possible where that fails. Raises RefusedTensor where a piece cannot compute."""
+    ends.device.forget(time.monotonic())
     for leg in option.pieces:
         if time.monotonic() + walk.rows * ends.device.takes_s([leg]) > due_at:
             late = TooLate(f"The device would not be done with {leg[1]!r} by the deadline; allow more time.")
@@ -78,7 +79,7 @@ def _asked(ends: Ends, option: Option, walk: Walk, due_at: float) -> dict[str, A
         raise TooLate(f"The cloud had not answered after {wait_s:.3f} s, the last moment for the device.") from None
     if walk.rows == 1:
         ends.pilot.cloud_took(option, reply.cloud_s)
-    return _outputs(ends, reply)
+    return _outputs(ends, reply, walk.rows)
 
 
 def reserved_s(ends: Ends, option: Option, walk: Walk, left_s: float) -> float:
@@ -98,12 +99,16 @@ def reserved_s(ends: Ends, option: Option, walk: Walk, left_s: float) -> float:
     return wake_s + (patient[0] if patient else min(needs, default=0.0))
 
 
-def _outputs(ends: Ends, reply: Reply) -> dict[str, Array]:
-    """The tensors in a reply. Raises RefusedTensor where they are not the model's."""
+def _outputs(ends: Ends, reply: Reply, rows: int) -> dict[str, Array]:
+    """The tensors in a reply. Raises RefusedTensor where they are not the model's for a batch of so many rows."""
     tensors = ends.bundle.boundary(OUTPUT).tensors
     if len(reply.outputs) != len(tensors):
         raise RefusedTensor(f"The cloud sent {len(reply.outputs)} outputs, the model has {len(tensors)}.")
-    return {tensor.name: decode(coded, tensor, ends.limits) for tensor, coded in zip(tensors, reply.outputs)}
+    outputs = {tensor.name: decode(coded, tensor, ends.limits) for tensor, coded in zip(tensors, reply.outputs)}
+    for tensor in tensors:
+        if tensor.shape[:1] == (BATCH,) and outputs[tensor.name].shape[0] != rows:
+            raise RefusedTensor(f"The cloud sent {outputs[tensor.name].shape[0]} rows of {tensor.name!r} for {rows}.")
+    return outputs
 
 
 def _alone(ends: Ends, walk: Walk, due_at: float, why: FedgeError) -> Outcome:

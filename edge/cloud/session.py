@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from fedge.core.errors import ExperimentError, FedgeError
+from fedge.core.errors import ExperimentError, FedgeError, ModelError
 from fedge.core.limits import EdgeLimits
 from fedge.core.params import Array
 from fedge.edge import bundle as bundles
@@ -58,8 +58,9 @@ class Session:
     """Inference with the bundle in `folder`, at most `deadline_s` seconds each, with the help of the tail at `cloud`.
 
     `profile` is what this device measured; without one pieces and codings are timed roughly now. One request runs at a
-    time; calls from several threads wait for each other. Raises BadBundle, ExperimentError (bounds,
-    deadline), DataError (profile) and AddressError (what is no host:port; one that is not there is no error).
+    time; calls from several threads wait for each other. The bound on memory is that of the planned pieces: those that
+    answer where the cloud does not are open as well. Raises BadBundle, ModelError (several inputs), ExperimentError
+    (bounds, deadline), DataError (profile) and AddressError (what is no host:port; one that is not there is no error).
     """
 
     def __init__(
@@ -78,7 +79,11 @@ class Session:
                 f"The deadline is {deadline_s} s; give more than 0 and {limits.max_deadline_s} at most."
             )
         self.bundle = bundles.load(folder, limits)
+        inputs = [tensor.name for tensor in self.bundle.boundary(INPUT).tensors]
+        if len(inputs) != 1:
+            raise ModelError(f"The model takes the inputs {inputs[:8]}, a session gives one; join them in the model.")
         self._limits, self._deadline_s = limits, deadline_s
+        self._closed = False
         self._device = Device(folder, self.bundle, threads)
         self._device.profile = profile or _rough(self._device, self.bundle, threads)
         self._turn = threading.Lock()
@@ -113,12 +118,15 @@ class Session:
     def infer(self, array: Array) -> Answer:
         """The answer for one input, or a batch of them [n, ...]. Raises RefusedTensor where it does not fit the model.
 
-        A batch leaves at an exit where all of it does. No trouble of the network is ever raised.
+        A batch leaves at an exit where all of it does. No trouble of the network is ever raised. Raises ModelError
+        after `close`.
         """
         tensors = self.bundle.boundary(INPUT).tensors
         check(tensors, {tensors[0].name: array})
         began_at = time.monotonic()
         with self._turn:
+            if self._closed:
+                raise ModelError("The session has been closed; open another.")
             option = self._pilot.choice
             outcome = request.answer(self._ends, option, start(self.bundle, array), began_at + self._deadline_s)
         latency_s = time.monotonic() - began_at
@@ -135,7 +143,9 @@ class Session:
         )
 
     def close(self) -> None:
-        """Hang up and give the memory back. May be called twice."""
+        """Hang up and give the memory back, after the request that runs, if any. May be called twice."""
+        with self._turn:
+            self._closed = True
         self._pilot.close()
         if self._uplink:
             self._uplink.close()

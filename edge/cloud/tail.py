@@ -33,6 +33,7 @@ class _Stream:
         self._lock = asyncio.Lock()  # gRPC takes one message at a time
         self._writing: set[asyncio.Task[None]] = set()
         self.in_flight = 0
+        self.unread_bytes = 0  # of replies that gRPC has not taken yet
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -46,6 +47,7 @@ class _Stream:
 
     def end(self, data: bytes) -> None:
         """Answer one request in flight, without waiting for the device to read it."""
+        self.unread_bytes += len(data)
         task = asyncio.create_task(self._last(data))
         self._writing.add(task)
         task.add_done_callback(self._writing.discard)
@@ -57,6 +59,7 @@ class _Stream:
         except (grpc.aio.BaseError, asyncio.InvalidStateError):
             pass  # the device is gone, nobody misses the reply
         finally:
+            self.unread_bytes -= len(data)
             self.in_flight -= 1
             if not self.in_flight:
                 self.idle.set()
@@ -209,4 +212,7 @@ class TailService:
             data = wire.refusal_bytes(request_id, version, outcome, queue_s + compute_s)
         else:
             data = wire.reply_bytes(request_id, version, outcome, queue_s, compute_s)
+            if len(data) + sum(stream.unread_bytes for stream in self._streams) > self._limits.max_queue_bytes:
+                crowded = Overloaded("Too many answers wait to be read; read them, or ask again later.")
+                data = wire.refusal_bytes(request_id, version, crowded, queue_s + compute_s)
         one.work.stream.end(data)

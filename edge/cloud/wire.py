@@ -28,7 +28,9 @@ from fedge.protos import edge_pb2 as pb
 
 PROTOCOL = 1
 FAILED = "INTERNAL"  # the reason where the tail itself failed
+BATCH = -1  # an extent that counts samples; other negative ones are free, but count something else
 MAX_TEXT = 200  # characters of a name, a coding or a detail
+RANGE_BYTES = 32  # of one number of a range while it waits
 _SLACK_BYTES = 1 << 20  # of a message beside its tensors
 _ERRORS = {leaf.reason: leaf for leaf in (RefusedTensor, OtherBundle, Overloaded, TooLate, ModelError, AddressError)}
 
@@ -91,6 +93,8 @@ def from_pb(message: pb.Coded, limits: EdgeLimits) -> Coded:
         raise RefusedTensor(f"A name in a tensor is longer than {MAX_TEXT} characters; send the bundle's own names.")
     if len(message.shape) > limits.max_rank or any(extent > limits.max_tensor_bytes for extent in message.shape):
         raise RefusedTensor(f"A tensor has more than {limits.max_rank} axes, or a huge one; send the bundle's shapes.")
+    if max(len(message.low), len(message.high)) > max([1, *message.shape]):
+        raise RefusedTensor("A tensor has more ranges than channels; use one of the codings.")
     return Coded(
         message.name,
         message.dtype,
@@ -142,14 +146,14 @@ def check_request(message: pb.TailRequest, bundle: Bundle, limits: EdgeLimits) -
     rows = _rows(tensors, piece, limits)
     batches = stackable(piece)
     key = (piece.file, tuple(coded.shape[1:] for coded in tensors)) if batches else None
-    held = max(sum(sizes), sum(len(coded.data) for coded in tensors))
+    held = max(sum(sizes), sum(len(coded.data) + RANGE_BYTES * len(coded.low + coded.high) for coded in tensors))
     return Request(message.id, piece, tensors, message.deadline_s, rows, held, key)
 
 
 def stackable(piece: Piece) -> bool:
-    """Whether requests for this piece can be stacked along axis 0: every tensor in and out is free there, only."""
+    """Whether requests for this piece can be stacked: axis 0 of every tensor in and out is the batch, no other free."""
     shapes = [tensor.shape for tensor in (*piece.inputs, *piece.outputs)]
-    return all(shape and shape[0] < 0 and min(shape[1:], default=0) >= 0 for shape in shapes)
+    return all(shape[:1] == (BATCH,) and min(shape[1:], default=0) >= 0 for shape in shapes)
 
 
 def reply_bytes(request_id: int, version: str, outputs: Sequence[Coded], queue_s: float, compute_s: float) -> bytes:
@@ -204,8 +208,8 @@ def _checked_bytes(coded: Coded, tensor: Tensor, limits: EdgeLimits) -> int:
 
 
 def _rows(tensors: Sequence[Coded], piece: Piece, limits: EdgeLimits) -> int:
-    """The batch extent that all tensors with a free one share; else 1. Raises RefusedTensor."""
-    extents = {coded.shape[0] for coded, tensor in zip(tensors, piece.inputs) if tensor.shape and tensor.shape[0] < 0}
+    """The batch extent that all tensors with one share; else 1. Raises RefusedTensor."""
+    extents = {coded.shape[0] for coded, tensor in zip(tensors, piece.inputs) if tensor.shape[:1] == (BATCH,)}
     rows = max(extents, default=1)
     if len(extents) > 1 or rows > limits.max_batch:
         raise RefusedTensor(f"The batch extents are {sorted(extents)}; send one extent, at most {limits.max_batch}.")

@@ -5,6 +5,7 @@ the format, size and colours that were expected. Must never rotate, scale or con
 """
 
 import io
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from fedge.core.errors import RefusedTensor
 from fedge.core.params import Array
 
 SHARP = 90
+MOST_SCANS = 32  # of a JPEG; progressive files have some 10, and each scan costs a pass over all pixels
+_SCAN = b"\xff\xda"
+_SLACK_BYTES = 1 << 16  # of a file beside its pixels
 _MISSING = "Images travel as PNG or JPEG only with Pillow; `pip install 'fedge[images]'`."
 
 
@@ -43,6 +47,8 @@ def encode(array: Array, quality: int | None) -> bytes:
 
 def decode(data: bytes, shape: tuple[int, ...], kind: str) -> Array:
     """The pixels of a PNG or JPEG file (`kind`), uint8 of `shape`. Raises RefusedTensor."""
+    if len(data) > 2 * prod(shape) + _SLACK_BYTES or (kind == "JPEG" and data.count(_SCAN) > MOST_SCANS):
+        raise RefusedTensor(f"The {kind} file is larger than its pixels or has too many scans; encode it again.")
     try:
         from PIL import Image
     except ImportError:

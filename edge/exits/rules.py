@@ -58,8 +58,14 @@ def certainty(logits: Logits, temperature: float = 1.0) -> Scores:
 
 
 def agreement(history: Sequence[Logits]) -> Scores:
-    """1 - 1 / k of each sample, [n], where the last k of `history` name the same class. Raises as `probabilities`."""
-    named = [probabilities(logits).argmax(axis=1) for logits in history]
+    """1 - 1 / k of each sample, [n], where the last k of `history` name the same class. Raises as `probabilities`.
+
+    An exit with another number of classes, such as a prefilter, is passed over: it names none of these. Raises
+    DataError where the samples are not the same.
+    """
+    if any(len(logits) != len(history[-1]) for logits in history):
+        raise DataError("The exits' logits differ in shape; give those of the same samples at every exit.")
+    named = [probabilities(one).argmax(axis=1) for one in history if one.shape == history[-1].shape]
     run, going = np.ones(len(named[-1])), np.full(len(named[-1]), fill_value=True)
     for earlier in reversed(named[:-1]):
         going &= earlier == named[-1]
@@ -99,8 +105,8 @@ def scores(rule: str, history: Sequence[Logits], temperature: float = 1.0) -> Sc
     """
     if rule not in RULES:
         raise ExperimentError(f"There is no exit rule {rule!r}; use one of {', '.join(RULES)}.")
-    if not history or any(logits.shape != history[-1].shape for logits in history):
-        raise DataError("The exits' logits differ in shape; give those of the same samples and classes, one or more.")
+    if not history:
+        raise DataError("There are no logits of any exit; give those of one or more.")
     return RULES[rule](history, temperature)
 
 

@@ -5,7 +5,7 @@ expectation over who leaves early. Must never choose.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,10 +16,9 @@ from fedge.edge.bundle import INPUT, OUTPUT, Boundary, Bundle, Exit, Sent
 from fedge.edge.exits.rules import NEVER
 from fedge.edge.plan.link import Link
 from fedge.edge.plan.profile import CodingCost, Profile, coding_key, piece_key
-from fedge.edge.plan.scale import Scale
+from fedge.edge.plan.scale import AS_PROFILED, Scale
 
 RAW = "raw"
-AS_PROFILED = Scale()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +26,8 @@ class Option:
     """One way to run the model. Seconds are as profiled; `device_s` is the mean over samples that leave early or not,
     `worst_s` what a sample takes that never leaves. `boundary` and `coding` are None where nothing is sent.
 
-    `sent` is the share of samples for which the cloud is asked. Memory and accuracy are None where unknown.
+    `sent` is the share of samples for which the cloud is asked; `carries_input`, whether a tensor of the input is among
+    what crosses, as it also is at a cut that the input goes around. Memory and accuracy are None where unknown.
     """
 
     pieces: tuple[tuple[str, str], ...]
@@ -43,6 +43,7 @@ class Option:
     tail_s: float = 0.0
     memory_bytes: int | None = None
     accuracy: float | None = None
+    carries_input: bool = False
 
     @property
     def name(self) -> str:
@@ -77,7 +78,7 @@ def build(bundle: Bundle, device: Profile, cloud: Profile | None) -> tuple[Optio
     for way in _ways(bundle, cloud):
         sending = _sending(bundle, device, cloud, way)
         heads = _heads(bundle, device, way.boundary or OUTPUT, stats)
-        fresh = [_option(device, way, head, sending) for head in heads if way.boundary is None or sending]
+        fresh = [_option(bundle, device, way, head, sending) for head in heads if way.boundary is None or sending]
         if way.needed and not fresh:
             raise DataError(f"The profiles lack {way.text}; measure device and cloud again.")
         found += fresh
@@ -128,10 +129,13 @@ def _heads(bundle: Bundle, device: Profile, target: str, stats: Sequence[tuple[s
     """The pieces from the input to `target`: without exits, and with those on the way where there are any."""
     order = [boundary.name for boundary in bundle.boundaries]
     passed = [(place, stat) for place, stat in stats if order.index(place) <= order.index(target) and target != INPUT]
-    stops = tuple(dict.fromkeys((INPUT, *(place for place, _ in passed), target)))
-    direct = _route(device, (INPUT, target) if target != INPUT else (INPUT,)) or _route(device, stops)
+    used = _stops((place for place, _ in passed), target)
+    # Pieces end at every exit's boundary, so also at those of exits that nobody takes.
+    places = sorted({leave.boundary for leave in bundle.exits}, key=order.index)
+    every = _stops((place for place in places if order.index(place) < order.index(target)), target)
+    direct = _route(device, _stops((), target), used, every)
     heads = [] if direct is None else [_Head(direct, (), (1.0,) * len(direct), 1.0)]
-    through = _route(device, stops)
+    through = _route(device, used, every)
     if through is not None and passed:
         left = {end: sum(stat.share for place, stat in passed if place == end) for _, end in through}
         stays = [1.0]
@@ -141,12 +145,19 @@ def _heads(bundle: Bundle, device: Profile, target: str, stats: Sequence[tuple[s
     return heads
 
 
-def _route(device: Profile, stops: Sequence[str]) -> tuple[tuple[str, str], ...] | None:
-    legs = tuple(pairwise(stops))
-    return legs if all(piece_key(*leg) in device.pieces for leg in legs) else None
+def _stops(between: Iterable[str], target: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((INPUT, *between, target)))
 
 
-def _option(device: Profile, way: _Way, head: _Head, sending: tuple[CodingCost, float] | None) -> Option:
+def _route(device: Profile, *routes: Sequence[str]) -> tuple[tuple[str, str], ...] | None:
+    """The pieces of the first of these routes of which all were measured."""
+    found = (tuple(pairwise(stops)) for stops in routes)
+    return next((legs for legs in found if all(piece_key(*leg) in device.pieces for leg in legs)), None)
+
+
+def _option(
+    bundle: Bundle, device: Profile, way: _Way, head: _Head, sending: tuple[CodingCost, float] | None
+) -> Option:
     cost, tail_s = sending or (CodingCost(0.0, 0.0, 0.0), 0.0)
     seconds = [device.pieces[piece_key(*piece)] for piece in head.pieces]
     memory = [device.memory_bytes.get(piece_key(*piece)) for piece in head.pieces]
@@ -165,7 +176,15 @@ def _option(device: Profile, way: _Way, head: _Head, sending: tuple[CodingCost, 
         tail_s=tail_s,
         memory_bytes=None if None in memory else sum(size or 0 for size in memory),
         accuracy=None if way.sent.accuracy is None else way.sent.accuracy + gained,
+        carries_input=_carries_input(bundle, way.boundary),
     )
+
+
+def _carries_input(bundle: Bundle, boundary: str | None) -> bool:
+    if boundary is None:
+        return False
+    sent = {tensor.name for tensor in bundle.boundary(boundary).tensors}
+    return any(tensor.name in sent for tensor in bundle.boundary(INPUT).tensors)
 
 
 def _sending(bundle: Bundle, device: Profile, cloud: Profile | None, way: _Way) -> tuple[CodingCost, float] | None:

@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 from fedge.core.errors import ExperimentError
-from fedge.edge.bundle import INPUT
 from fedge.edge.plan.link import Link
 from fedge.edge.plan.options import Option
-from fedge.edge.plan.scale import Scale
-
-AS_PROFILED = Scale()
+from fedge.edge.plan.scale import AS_PROFILED, Scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +20,7 @@ class Bounds:
 
     `deadline_s` holds for a sample that never leaves early; `memory_bytes` is what the device's sessions hold;
     `energy_j` is radio energy per sample, at `joule_per_byte`; `accuracy` is on held-out data; `keep_input` forbids
-    to send the input itself in any coding.
+    to send the input itself in any coding, be it beside other tensors of a cut.
     """
 
     deadline_s: float | None = None
@@ -126,7 +123,7 @@ def _breaks_static(option: Option, bounds: Bounds) -> tuple[str, ...]:
         "memory_bytes": _over(option.memory_bytes, bounds.memory_bytes),
         "energy_j": _over(energy_j(option, bounds), bounds.energy_j),
         "accuracy": bounds.accuracy is not None and (option.accuracy is None or option.accuracy < bounds.accuracy),
-        "keep_input": bounds.keep_input and option.boundary == INPUT,
+        "keep_input": bounds.keep_input and option.carries_input,
     }
     return tuple(name for name, breaks in broken.items() if breaks)
 

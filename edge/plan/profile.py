@@ -3,7 +3,6 @@
 A device keeps its own profile and gets the cloud's at the greeting. Owns the format and its check. Must never measure.
 """
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,8 @@ import msgspec
 
 from fedge.core.errors import DataError
 
-Amount = Annotated[float, msgspec.Meta(ge=0)]
+MOST = 1e9  # seconds or bytes of one figure: what is summed and scaled from them stays finite
+Amount = Annotated[float, msgspec.Meta(ge=0, le=MOST)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
@@ -50,7 +50,7 @@ def coding_key(boundary: str, coding: str) -> str:
 
 
 def encode(profile: Profile) -> bytes:
-    """The profile as JSON. Raises DataError where a figure is negative or not finite."""
+    """The profile as JSON. Raises DataError where a figure is below 0 or above MOST."""
     _check(profile)
     return msgspec.json.format(msgspec.json.encode(profile))
 
@@ -87,10 +87,12 @@ def save(path: Path, profile: Profile) -> None:
 
 
 def _check(profile: Profile) -> None:
-    """Every figure finite and not below 0, also where the profile was made in code."""
-    figures: list[tuple[str, float]] = [*profile.operators, *profile.pieces.items(), *profile.memory_bytes.items()]
+    """Every figure in range, also where the profile was made in code."""
+    figures: list[tuple[str, float]] = [*profile.operators, *profile.pieces.items()]
     for key, cost in profile.codings.items():
         figures += [(key, cost.encode_s), (key, cost.decode_s), (key, cost.bytes)]
-    for key, figure in figures:
-        if not (math.isfinite(figure) and figure >= 0):
+    bounded = [(*named, MOST) for named in figures]
+    bounded += [(*named, float(1 << 63)) for named in profile.memory_bytes.items()]
+    for key, figure, most in bounded:
+        if not 0 <= figure <= most:
             raise DataError(f"The profile's figure for {key!r} is {figure}; measure the machine again.")

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from fedge.core.errors import ExperimentError
 from fedge.edge.plan.link import Link
 from fedge.edge.plan.options import Option
-from fedge.edge.plan.planner import AS_PROFILED, Bounds, plan
-from fedge.edge.plan.scale import Scale
+from fedge.edge.plan.planner import Bounds, plan
+from fedge.edge.plan.scale import AS_PROFILED, Scale
 
 MARGIN, MARGIN_S = 0.05, 1e-3  # less than this is not worth a change
 UNIT = 0.10  # evidence of one: better by so much

@@ -18,6 +18,9 @@ class Scale:
     cloud: float = 1.0
 
 
+AS_PROFILED = Scale()
+
+
 def device_took(scale: Scale, observed_s: float, profiled_s: float) -> Scale:
     """The device has computed for `observed_s` what its profile says takes `profiled_s`."""
     return replace(scale, device=_moved(scale.device, observed_s, profiled_s))

@@ -39,12 +39,13 @@ class Runner:
         onnxruntime cannot compute with them; ModelError after `close`.
         """
         check(self.piece.inputs, inputs)
-        if self._session is None:
+        session = self._session  # another thread may close meanwhile; this run ends as it began
+        if session is None:
             raise ModelError("The piece has been closed; open it again.")
         names = [tensor.name for tensor in self.piece.outputs]
         feeds = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in inputs.items()}
         try:
-            return dict(zip(names, self._session.run(names, feeds)))
+            return dict(zip(names, session.run(names, feeds)))
         except caches.FAILURES as error:
             where = f"{self.piece.start!r} to {self.piece.end!r}"
             raise RefusedTensor(f"The piece from {where} cannot compute with these inputs ({_line(error)}).") from None

@@ -72,7 +72,14 @@ def _plan(
         raise CannotCut("Two exits share a name or a tensor; give each its own.")
     way = _way(graph, logits)
     placed = [_exit_cut(graph, tensor, logits) for tensor in logits]
-    chosen = _shrinking(graph, logits) if wanted is None else [cut_at(graph, each, exits=logits) for each in wanted]
+    named = [cut_at(graph, each, exits=logits) for each in wanted or ()]
+    for cut in [*named, *placed]:
+        if behind := _left_behind(graph, way, cut, logits):
+            raise CannotCut(
+                f"The output {behind[0]!r} of the model lies before the cut {cut.name!r}, where no tail can give it; "
+                "make it an exit, leave it out of the model, or name an earlier cut."
+            )
+    chosen = named if wanted is not None else _shrinking(graph, way, logits)
     between = sorted({cut.name: cut for cut in [*chosen, *placed]}.values(), key=lambda cut: cut.position)
     last = tuple(graph.tensor(each) for each in graph.outputs if each not in logits)
     if classes and last[0].shape[-1:] != (len(classes),):
@@ -84,6 +91,15 @@ def _plan(
     )
     leaves = tuple(Exit(each, cut.name, graph.tensor(tensor)) for (each, tensor), cut in zip(exits, placed))
     return Bundle(FORMAT, "", name, boundaries, _pieces(boundaries, leaves), {}, leaves, classes=classes)
+
+
+def _left_behind(graph: Graph, way: Line, cut: Cut, logits: Sequence[str]) -> list[str]:
+    """Outputs of the model, exits aside, that are made before a cut, so that only the device would have them.
+
+    Models with further inputs, as caches, are allowed them: whoever feeds these on both sides takes outputs from both.
+    """
+    before = {name for node in way.order[: cut.position] for name in node.outputs}
+    return [name for name in graph.outputs if name in before and name not in logits and len(graph.inputs) == 1]
 
 
 def _pieces(boundaries: Sequence[Boundary], exits: Sequence[Exit]) -> tuple[Piece, ...]:
@@ -122,13 +138,13 @@ def _exit_cut(graph: Graph, tensor: str, logits: Sequence[str]) -> Cut:
     return (single or fitting)[-1]
 
 
-def _shrinking(graph: Graph, logits: Sequence[str]) -> list[Cut]:
+def _shrinking(graph: Graph, way: Line, logits: Sequence[str]) -> list[Cut]:
     """The cuts that send fewer bytes, floats as float16, than any place before; of many those that shrink most."""
     smallest = _sent_bytes([graph.tensor(graph.primary)])
     found: list[tuple[float, Cut]] = []
     for cut in all_cuts(graph, exits=logits):
         size = _sent_bytes(cut.tensors)
-        if size < smallest:
+        if size < smallest and not _left_behind(graph, way, cut, logits):
             found.append((size / smallest, cut))
             smallest = size
     return [cut for _, cut in sorted(found, key=lambda pair: pair[0])[:MOST_CUTS]]
@@ -140,7 +156,7 @@ def _sent_bytes(tensors: Sequence[Tensor]) -> int:
     for tensor in tensors:
         dtype = np.dtype(tensor.dtype)
         width = 2 if dtype.kind == "f" else dtype.itemsize
-        total += width * int(np.prod([abs(extent) for extent in tensor.shape], dtype=np.int64))
+        total += width * int(np.prod([1 if extent < 0 else extent for extent in tensor.shape], dtype=np.int64))
     return total
 
 

@@ -25,7 +25,7 @@ from fedge.edge.split.tidy import fix, fold_shapes, tidy
 
 @dataclass(frozen=True)
 class Graph:
-    """A checked skeleton. `tensors` has what is known in full; an extent of -1, only ever the first, is the batch.
+    """A checked skeleton. `tensors` has what is known in full but for the first extent: -1 is the batch, -2 another.
 
     `batched` are the tensors whose first extent is for certain that of the primary input. `folder` holds the weights.
     """
@@ -89,14 +89,15 @@ def open_graph(
     fix(model, shapes or {})
     if image is not None:
         primary = prepend(model, primary, image)
+    _name_batch(model, primary)
     try:
         model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         raise ModelError(f"The shapes of the model contradict each other ({one_line(error)}); mend it.") from None
     values = {value.name: value for value in [*model.graph.input, *model.graph.value_info, *model.graph.output]}
-    tensors = {name: tensor for name, value in values.items() if (tensor := _tensor(value))}
     batch = _symbol(values[primary])
     batched = frozenset(name for name, value in values.items() if batch and _symbol(value) == batch)
+    tensors = {name: tensor for name, value in values.items() if (tensor := _tensor(value, name in batched))}
     fold_shapes(model, tensors, batched, primary)
     nodes = tuple(_node(index, proto) for index, proto in enumerate(model.graph.node))
     return Graph(model, path.parent, primary, nodes, tensors, batched)
@@ -183,17 +184,26 @@ def _node(index: int, node: NodeProto) -> Node:
     return Node(index, node.op_type, inputs, tuple(name for name in node.output if name), batch)
 
 
+def _name_batch(model: ModelProto, primary: str) -> None:
+    """Give a free first extent of the primary input a name where it has none, so that it is known again further on."""
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name == primary and dims and not dims[0].WhichOneof("value"):
+            dims[0].dim_param = "primary batch"
+
+
 def _symbol(value: ValueInfoProto) -> str:
     dims = value.type.tensor_type.shape.dim
     return dims[0].dim_param if dims else ""
 
 
-def _tensor(value: ValueInfoProto) -> Tensor | None:
-    """Type and shape where both are known; -1 stands for a free first extent."""
+def _tensor(value: ValueInfoProto, batched: bool) -> Tensor | None:
+    """Type and shape where both are known; a free first extent is -1 if it is the batch, else -2."""
     kind = value.type.tensor_type
     if not value.type.HasField("tensor_type") or not kind.HasField("shape") or not kind.elem_type:
         return None
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim)
     if -1 in shape[1:] or kind.elem_type == TensorProto.STRING:
         return None
+    shape = shape if batched or shape[:1] != (-1,) else (-2, *shape[1:])
     return Tensor(value.name, helper.tensor_dtype_to_np_dtype(kind.elem_type).name, shape)

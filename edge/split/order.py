@@ -74,7 +74,10 @@ def needed(maker: Mapping[str, Node], outputs: Iterable[str], stop: Collection[s
 
 
 def _eager(varying: Sequence[Node], backbone: Collection[int]) -> list[Node]:
-    """The nodes of the backbone as they stand in the file, all others as soon as what they read is there."""
+    """The nodes of the backbone as they stand in the file, all others as soon as what they read is there.
+
+    Those that read the input alone come first: at the end of the file they would keep it alive across every cut.
+    """
     makers = {name: node.index for node in varying for name in node.outputs}
     missing = {node.index: {makers[name] for name in node.inputs if name in makers} for node in varying}
     readers: dict[int, list[Node]] = {}
@@ -82,7 +85,8 @@ def _eager(varying: Sequence[Node], backbone: Collection[int]) -> list[Node]:
         for index in missing[node.index]:
             readers.setdefault(index, []).append(node)
     order: list[Node] = []
-    stack = [node for node in reversed(varying) if node.index in backbone or not missing[node.index]]
+    stack = [node for node in reversed(varying) if node.index in backbone]
+    stack += [node for node in reversed(varying) if node.index not in backbone and not missing[node.index]]
     while stack:
         node = stack.pop()
         order.append(node)

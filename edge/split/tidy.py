@@ -64,17 +64,25 @@ def fold_shapes(model: ModelProto, tensors: Mapping[str, Tensor], batched: Colle
     graph, kept = model.graph, []
     opset = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     for node in graph.node:
-        of = tensors.get(node.input[0]) if node.op_type in ("Shape", "Size") else None
-        span = {attribute.name: attribute.i for attribute in node.attribute}
-        extents = of.shape[span.get("start", 0) : span.get("end", len(of.shape))] if of else (-1,)
-        if min(extents, default=1) > 0:
+        extents = _asked(node, tensors) if node.op_type in ("Shape", "Size") else None
+        if extents is not None and min(extents, default=1) > 0:
             value = extents if node.op_type == "Shape" else np.prod(extents)
             graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.int64), node.output[0]))
-        elif node.op_type == "Shape" and node.input[0] in batched and opset >= 15:  # older ones have no start and end
+        elif opset >= 15 and extents and extents[0] == -1 and node.op_type == "Shape" and node.input[0] in batched:
+            # before opset 15, Shape has no start and end
             kept += _batch_and(extents[1:], graph, primary, node.output[0])
         else:
             kept.append(node)
     refill(graph.node, kept)
+
+
+def _asked(node: NodeProto, tensors: Mapping[str, Tensor]) -> Sequence[int] | None:
+    """The extents that a Shape or Size asks for, as far as they are known; None where more than the batch is not."""
+    span = {attribute.name: attribute.i for attribute in node.attribute}
+    if node.input[0] in tensors:
+        shape = tensors[node.input[0]].shape
+        return shape[span.get("start", 0) : span.get("end", len(shape))]
+    return (-1,) if node.op_type == "Shape" and span.get("start", 0) == 0 and span.get("end") == 1 else None
 
 
 def _batch_and(rest: Sequence[int], graph: GraphProto, primary: str, name: str) -> list[NodeProto]:
