@@ -37,12 +37,10 @@ WAIT_S = 20.0
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        place = tmp_path_factory.mktemp("edge") / "bundle"
-        tiny.make(place)
-        yield place
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("edge") / "bundle"
+    tiny.make(place)
+    return place
 
 
 @pytest.fixture(scope="module")

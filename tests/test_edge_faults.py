@@ -26,13 +26,6 @@ HERE = ("device", "exit:early")  # the latter where the scheduler was late
 LATER_S = 1.0  # what a deadline may be missed by here: two cores, and others at work on them
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("edge") / "bundle"

@@ -1,7 +1,7 @@
 """Ten thousand broken requests against the real service, many in flight: no crash, and a documented reason for each."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,10 @@ MORE_WORDS = (*WORDS, "float32", "float16", "object", "int8", "bool", "\0", "é"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        place = tmp_path_factory.mktemp("edge") / "bundle"
-        tiny.make(place)
-        yield place
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("edge") / "bundle"
+    tiny.make(place)
+    return place
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The device's runtime: right answers out of mapped files, a cache that heals, refusals, and what is measured."""
+"""The device's runtime: right answers out of mapped files, a cache that heals, and refusals."""
 
 import json
 import shutil
@@ -9,99 +9,30 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import helper
 
 from fedge.core.errors import BadBundle, DataError, FedgeError, ModelError, RefusedTensor
 from fedge.edge import bundle as bundles
-from fedge.edge.bundle import INPUT, OUTPUT, WEIGHTS, Boundary, Bundle, Exit, Piece, Sent, Tensor
-from fedge.edge.plan.profile import decode, encode
+from fedge.edge.bundle import INPUT, OUTPUT, WEIGHTS, Boundary, Bundle, Piece, Sent, Tensor
 from fedge.edge.runtime import cache as caches
 from fedge.edge.runtime import memory
-from fedge.edge.runtime.measure import line, profile_bundle, profile_piece
-from fedge.edge.runtime.nodes import Node, nodes
-from fedge.edge.runtime.operators import attribute, predict, profile_operators
+from fedge.edge.runtime.operators import profile_operators
 from fedge.edge.runtime.sessions import open_piece
-from fedge.edge.runtime.tensors import example
-
-IMAGE = Tensor("x", "float32", (-1, 16, 12, 12))
-FEATURES = Tensor("relu", "float32", (-1, 16, 12, 12))
-EARLY = Tensor("early", "float32", (-1, 4))
-LOGITS = Tensor("logits", "float32", (-1, 4))
-HEAD, TAIL, WHOLE = (INPUT, "middle"), ("middle", OUTPUT), (INPUT, OUTPUT)
-
-
-def weights():
-    generator = np.random.default_rng(3)
-    shapes = {"kernel": (16, 16, 3, 3), "scale": (16,), "bias": (16,), "mean": (16,), "var": (16,)}
-    shapes |= {"first": (16, 4), "second": (16, 4)}
-    made = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    return made | {"var": np.abs(made["var"]) + 1}
-
-
-HEAD_NODES = [
-    helper.make_node("Conv", ["x", "kernel"], ["conv"], "a", pads=[1, 1, 1, 1]),
-    helper.make_node("BatchNormalization", ["conv", "scale", "bias", "mean", "var"], ["norm"], "b"),
-    helper.make_node("Relu", ["norm"], ["relu"], "c"),
-]
-EXIT_NODES = [
-    helper.make_node("ReduceMean", ["relu"], ["pooled"], "d", axes=[2, 3], keepdims=0),
-    helper.make_node("MatMul", ["pooled", "first"], ["early"], "e"),
-]
-TAIL_NODES = [
-    helper.make_node("Sigmoid", ["relu"], ["gate"], "f"),
-    helper.make_node("Mul", ["relu", "gate"], ["swish"], "g"),
-    helper.make_node("ReduceMax", ["swish"], ["most"], "h", axes=[2, 3], keepdims=0),
-    helper.make_node("MatMul", ["most", "second"], ["logits"], "i"),
-]
-
-
-def info(tensor):
-    shape = [extent if extent > 0 else "batch" for extent in tensor.shape]
-    return helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, shape)
-
-
-def graph(operators, inputs, outputs, held, external=True):
-    """A skeleton whose weights lie one after the other in weights.data, or inside."""
-    tensors, offset = [], 0
-    for name, array in held.items():
-        tensor = onnx.numpy_helper.from_array(array, name)
-        if external:
-            tensor.ClearField("raw_data")
-            tensor.data_location = TensorProto.EXTERNAL
-            place = {"location": WEIGHTS, "offset": offset, "length": array.nbytes}
-            for key, value in place.items():
-                tensor.external_data.add(key=key, value=str(value))
-        offset += array.nbytes
-        if any(name in node.input for node in operators):
-            tensors.append(tensor)
-    made = helper.make_graph(operators, "piece", [info(one) for one in inputs], [info(one) for one in outputs], tensors)
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    return model.SerializeToString()
-
-
-def make(folder):
-    """A bundle of three pieces and one exit."""
-    held = weights()
-    (folder / "pieces").mkdir(parents=True)
-    (folder / WEIGHTS).write_bytes(b"".join(array.tobytes() for array in held.values()))
-    parts = {
-        "head": (HEAD, [*HEAD_NODES, *EXIT_NODES], (IMAGE,), (FEATURES, EARLY), ("early",)),
-        "tail": (TAIL, TAIL_NODES, (FEATURES,), (LOGITS,), ()),
-        "whole": (WHOLE, [*HEAD_NODES, *TAIL_NODES], (IMAGE,), (LOGITS,), ()),
-    }
-    pieces = []
-    for name, (ends, operators, inputs, outputs, exits) in parts.items():
-        (folder / f"pieces/{name}.onnx").write_bytes(graph(operators, inputs, outputs, held))
-        pieces.append(Piece(f"pieces/{name}.onnx", *ends, inputs, outputs, exits))
-    line = (Boundary(INPUT, (IMAGE,), 0), Boundary("middle", (FEATURES,), 3), Boundary(OUTPUT, (LOGITS,), 7))
-    codings = {"middle": {"f16": Sent(), "u8+zlib": Sent(0.9)}}
-    leaves = (Exit("early", "middle", EARLY),)
-    bundles.write(folder, Bundle(1, "", "demo", line, tuple(pieces), {}, leaves, codings=codings))
-    return bundles.load(folder)
+from tests.edge_pieces import (
+    EARLY,
+    HEAD,
+    IMAGE,
+    LOGITS,
+    TAIL,
+    WHOLE,
+    graph,
+    image,
+    make,
+    reference,
+)
 
 
 @pytest.fixture(scope="module")
@@ -113,22 +44,6 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     return tmp_path_factory.mktemp("kept")
-
-
-def reference(x):
-    """The model in plain onnxruntime, without any optimisation, weights inside."""
-    data = graph(
-        [*HEAD_NODES, *EXIT_NODES, *TAIL_NODES], (IMAGE,), (FEATURES, EARLY, LOGITS), weights(), external=False
-    )
-    chosen = onnxruntime.SessionOptions()
-    chosen.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    chosen.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(data, chosen, providers=["CPUExecutionProvider"])
-    return dict(zip(("relu", "early", "logits"), session.run(None, {"x": x})))
-
-
-def image(batch=1):
-    return np.random.default_rng(batch).standard_normal((batch, 16, 12, 12)).astype(np.float32)
 
 
 # ---- answers -----------------------------------------------------------------------------------
@@ -505,115 +420,3 @@ def test_a_description_that_contradicts_itself_is_refused(made, tmp_path, lie):
     bundles.write(folder, msgspec.structs.replace(made[1], **changes(made[1])))
     with pytest.raises(BadBundle, match=said):
         bundles.load(folder)
-
-
-# ---- measurement -------------------------------------------------------------------------------
-
-
-def test_a_profile_covers_the_bundle(made, kept):
-    folder, bundle = made
-    profile = profile_bundle(folder, bundle, repeats=2, device="bench", inputs={"x": image()}, cache=kept)
-    assert (profile.device, profile.version, profile.threads) == ("bench", bundle.version, 1)
-    assert profile.pieces.keys() == {"input..middle", "middle..output", "input..output"}
-    assert profile.memory_bytes.keys() == profile.pieces.keys()
-    assert min(profile.pieces.values()) > 0
-    assert profile.memory_bytes["input..output"] > (folder / WEIGHTS).stat().st_size / 2
-    assert profile.codings.keys() == {"middle f16", "middle u8+zlib"}
-    assert profile.codings["middle f16"].bytes == 2 * 16 * 12 * 12
-    assert 0 < profile.codings["middle u8+zlib"].bytes < 16 * 12 * 12
-    assert [tensor for tensor, _ in profile.operators] == [node.output[0] for node in [*HEAD_NODES, *TAIL_NODES]], (
-        "the fewest pieces: the whole, which has no exit"
-    )
-    assert decode(encode(profile)) == profile
-
-
-def test_operators_are_charged_to_tensors_of_the_model(made, kept):
-    found = dict(profile_operators(*made, *HEAD, {"x": image()}, repeats=3, cache=kept))
-    assert list(found) == ["conv", "norm", "relu", "pooled", "early"]
-    assert found["conv"] == found["norm"] == 0, "they exist only inside the fused kernel"
-    assert found["relu"] > 0
-    with pytest.raises(RefusedTensor):
-        profile_operators(*made, *HEAD, {"x": image()[:, :3]}, cache=kept)
-
-
-def test_kernels_go_where_they_belong():
-    model = [Node("a", ("conv",)), Node("b", ("relu",)), Node("c", ("split", "rest")), Node("d", ("y",))]
-    fused = [Node("relu_nchwc", ("token",)), Node("order", ("token2",)), Node("c", ("s", "rest")), Node("d", ("y",))]
-    kernels = [("in", 0.125), ("relu_nchwc", 1.0), ("order", 0.5), ("c", 2.0), ("d", 4.0), ("strange", 0.25)]
-    assert attribute(model, fused, kernels) == (("conv", 0.0), ("relu", 1.625), ("split", 2.0), ("y", 4.25))
-
-
-times = st.lists(st.integers(0, 1000).map(lambda micro: micro / 1e6), min_size=1, max_size=30)
-
-
-@settings(deadline=None)
-@given(times, st.data())
-def test_the_parts_of_a_prediction_sum_to_the_whole(seconds, data):
-    operators = [(f"t{index}", one) for index, one in enumerate(seconds)]
-    cut = data.draw(st.integers(0, len(operators) - 1))
-    last = operators[-1][0]
-    whole = predict(operators, None, last)
-    assert whole == pytest.approx(sum(seconds))
-    assert predict(operators, None, f"t{cut}") + predict(operators, f"t{cut}", last) == pytest.approx(whole)
-    assert predict(operators, f"t{cut}", f"t{cut}") == 0
-    if cut < len(operators) - 1:
-        with pytest.raises(DataError, match="no operators from"):
-            predict(operators, last, f"t{cut}")
-
-
-def test_operators_that_are_not_there_predict_nothing():
-    for ends in ((None, "z"), ("z", "a")):
-        with pytest.raises(DataError, match="no operators from"):
-            predict([("a", 1.0)], *ends)
-
-
-def test_nodes_are_read_without_the_onnx_package(made):
-    path = made[0] / "pieces/head.onnx"
-    wanted = [Node(node.name, tuple(node.output)) for node in onnx.load(path, load_external_data=False).graph.node]
-    assert nodes(path.read_bytes()) == wanted
-    with pytest.raises(BadBundle, match="no ONNX model"):
-        nodes(b"\xff\xff\xff")
-
-
-def test_the_least_of_all_runs_counts(monkeypatch):
-    clock = iter([0.0, 3.0, 10.0, 11.0, 20.0, 22.0])
-    monkeypatch.setattr("fedge.edge.runtime.measure.time.perf_counter", lambda: next(clock))
-
-    class Still:
-        def run(self, inputs):
-            return inputs
-
-    assert profile_piece(Still(), {}, repeats=3) == 1.0
-
-
-def test_a_line_that_breaks_off_is_refused(made):
-    bundle = made[1]
-    assert [(piece.start, piece.end) for piece in line(bundle)] == [WHOLE]
-    broken = Bundle(1, "", "", bundle.boundaries, (bundle.piece(*HEAD),), {})
-    with pytest.raises(BadBundle, match="goes on from 'middle'"):
-        line(broken)
-
-
-def test_examples_fit_what_they_are_examples_of():
-    tensors = (Tensor("a", "uint8", (-1, 2)), Tensor("b", "int64", (3,)), Tensor("c", "float16", ()))
-    made = example(tensors)
-    assert [(str(made[one.name].dtype), made[one.name].shape) for one in tensors] == [
-        *(("uint8", (1, 2)), ("int64", (3,)), ("float16", ()))
-    ]
-
-
-def test_memory_of_a_piece_that_does_not_run_is_an_error(made, tmp_path):
-    with pytest.raises(ModelError, match="no piece from"):
-        memory.piece_memory(*made, OUTPUT, INPUT, cache=tmp_path)
-
-
-def test_memory_is_told_apart(tmp_path):
-    before = memory.resident()
-    held = np.ones(64 << 20, np.uint8)
-    (tmp_path / "file").write_bytes(bytes(8 << 20))
-    mapped = np.memmap(tmp_path / "file", np.uint8, mode="r")
-    total = int(mapped.sum()) + int(held[0])
-    found = memory.resident().since(before)
-    assert total == 1
-    assert found.private == pytest.approx(64 << 20, rel=0.1)
-    assert found.mapped == pytest.approx(8 << 20, rel=0.1)
