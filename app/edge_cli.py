@@ -46,10 +46,11 @@ def export(
     cut: Annotated[list[str], typer.Option(help="A tensor to cut at; repeatable. Else where data shrink.")] = [],  # noqa: B006
     exit: Annotated[list[str], typer.Option(metavar="NAME=TENSOR", help="An early exit's logits; repeatable.")] = [],  # noqa: A002, B006
     image: Annotated[str, typer.Option(metavar="HxW", help="Make pictures of this size the input.")] = "",
-    mean: Annotated[str, typer.Option(help="R,G,B taken off pixels from 0 to 1.")] = "0,0,0",
-    std: Annotated[str, typer.Option(help="R,G,B by which they are divided then.")] = "1,1,1",
+    mean: Annotated[str, typer.Option(help="R,G,B taken off pixels from 0 to 1; else 0,0,0.")] = "",
+    std: Annotated[str, typer.Option(help="R,G,B by which they are divided then; else 1,1,1.")] = "",
     data: Annotated[Path | None, typer.Option(help="Held-out samples: an .npz with x, and y if known.")] = None,
     lose: Annotated[float, typer.Option(help="The accuracy that early exits may lose, a share.")] = 0.01,
+    rule: Annotated[str, typer.Option(help="When exits answer: confidence, entropy or patience.")] = "confidence",
     input: Annotated[str, typer.Option(metavar="SHAPE", help="A factory's sample, such as 1x3x32x32.")] = "",  # noqa: A002
     json: Json = False,
 ) -> None:
@@ -62,18 +63,21 @@ def export(
     from fedge.edge.split.export import export as cut_up
 
     exits = [edge_inputs.pair(one) for one in exit]
-    size = edge_inputs.image(image, mean, std) if image else None
+    size = edge_inputs.image(image, mean, std)
     held_out = edge_inputs.samples(data) if data else None
     edge_inputs.share(lose)
+    edge_inputs.rule(rule, held_out is not None)
+    checked: list[str] = []
     with tempfile.TemporaryDirectory() as work:
         file, made_exits = edge_inputs.model(model, input, Path(work))
-        made = cut_up(file, folder, cuts=cut or None, exits=[*made_exits, *exits], image=size)
+        every = [*made_exits, *exits]
+        made = cut_up(file, folder, cuts=cut or None, exits=every, image=size, on_checked=checked.append)
     try:
-        made = offer(folder) if held_out is None else assess(folder, *held_out, lose=lose)
+        made = offer(folder) if held_out is None else assess(folder, *held_out, lose=lose, rule=rule)
     except BaseException:
         shutil.rmtree(folder)  # it was new: the same command, mended, must find room
         raise
-    _show_bundle(made, folder, json)
+    _show_bundle(made, folder, json, checked[0], 0 if held_out is None else len(held_out[0]))
 
 
 @edge.command()
@@ -116,7 +120,7 @@ def plan(
     device: Annotated[Path | None, typer.Option(help="The device's profile; else this machine's.")] = None,
     cloud: Annotated[Path | None, typer.Option(help="The cloud's profile; else this machine's.")] = None,
     slower: Annotated[float, typer.Option(help="The device is so many times slower than its profile.")] = 1.0,
-    bandwidth: Annotated[float, typer.Option(help="Mbit/s from device to cloud.")] = 10.0,
+    bandwidth: Annotated[float, typer.Option(help="Mbit/s, up and down.")] = 10.0,
     rtt: Annotated[float, typer.Option(help="Milliseconds of a round trip.")] = 20.0,
     deadline: Annotated[float | None, typer.Option(help="Seconds, also where no exit answers.")] = None,
     memory: Memory = None,
@@ -220,11 +224,11 @@ def infer(
 # ---- printing ----------------------------------------------------------------------------------
 
 
-def _show_bundle(made: "Bundle", folder: Path, json: bool) -> None:
+def _show_bundle(made: "Bundle", folder: Path, json: bool, checked: str, held_out: int) -> None:
     import msgspec
 
     if json:
-        say({**msgspec.to_builtins(made), "folder": str(folder)}, json, "")
+        say({**msgspec.to_builtins(made), "folder": str(folder), "checked": checked}, json, "")
         return
     rows = []
     for boundary in made.boundaries:
@@ -236,6 +240,7 @@ def _show_bundle(made: "Bundle", folder: Path, json: bool) -> None:
         typer.echo("")
         heads = ("exit", "leave from", "temperature", "share", "right", "the model on these")
         table(heads, [_exit_row(leave) for leave in made.exits])
+        typer.echo(_samples(made, held_out))
     codings = [
         (name, coding, _percent(sent.accuracy), "-" if sent.bytes is None else f"{sent.bytes:.0f}")
         for name, offered in made.codings.items()
@@ -243,7 +248,18 @@ def _show_bundle(made: "Bundle", folder: Path, json: bool) -> None:
     ]
     typer.echo("")
     table(("sent at", "coding", "accuracy", "bytes"), codings)
-    typer.echo(f"\n{folder}  version {made.version[:12]}, {len(made.pieces)} pieces")
+    typer.echo(f"\n{folder}  version {made.version[:12]}, {len(made.pieces)} pieces; {checked}")
+
+
+def _samples(made: "Bundle", count: int) -> str:
+    """Which samples chose the exits' settings, and which the figures are of."""
+    from fedge.edge.assess import halves
+
+    if not count:
+        return "(not calibrated; give held-out samples as --data)"
+    choosing, telling = (len(rows) for rows in halves(count))
+    others = f"{telling} others" if choosing < count else "the same"
+    return f"(rule {made.rule}, chosen on {choosing} samples; share and right are of {others})"
 
 
 def _exit_row(leave: "Exit") -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from fedge.core.errors import DataError, ExperimentError, ModelError
 from fedge.core.limits import EdgeLimits
 from fedge.core.params import Array
 from fedge.edge.bundle import INPUT, Bundle, Tensor
+from fedge.edge.exits.rules import check_rule
 
 if TYPE_CHECKING:
     from fedge.edge.split.image import Image
@@ -41,9 +42,11 @@ def model(named: str, shape: str, folder: Path) -> tuple[Path, Exits]:
     """The ONNX file that is named, or that of the torch module which the factory "package.module:name" makes, with
     the exits that the module has; it is written to `folder`.
 
-    `shape` is that of the factory's sample, such as 1x3x32x32. Raises ExperimentError, ModelError.
+    `shape` is that of the factory's sample, such as 1x3x32x32; a file has its own. Raises ExperimentError, ModelError.
     """
     if Path(named).exists() or named.endswith(".onnx") or ":" not in named:
+        if shape:
+            raise ExperimentError(f"--input goes with a factory package.module:name, not with {named!r}; leave it out.")
         return Path(named), ()
     return _made(named, extents(shape), folder)
 
@@ -89,8 +92,14 @@ def _whole(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS and int(text) > 0
 
 
-def image(size: str, mean: str, std: str) -> "Image":
-    """How the model wants pictures. Raises ExperimentError."""
+def image(size: str, mean: str, std: str) -> "Image | None":
+    """How the model wants pictures; None where it is given none. Raises ExperimentError."""
+    if not size:
+        if mean or std:
+            raise ExperimentError(
+                "--mean and --std are of pictures; give their size as --image HxW, or leave them out."
+            )
+        return None
     from fedge.edge.split.image import Image
 
     height, _, width = size.partition("x")
@@ -98,8 +107,8 @@ def image(size: str, mean: str, std: str) -> "Image":
         raise ExperimentError(f"--image {size!r}: write HEIGHTxWIDTH in pixels, such as 224x224.")
     if 3 * int(height) * int(width) > EdgeLimits().max_tensor_bytes:
         raise ExperimentError(f"--image {size}: a picture is at most {EdgeLimits().max_tensor_bytes} bytes; give less.")
-    red, green, blue = numbers(mean, 3)
-    by_red, by_green, by_blue = numbers(std, 3)
+    red, green, blue = numbers(mean or "0,0,0", 3)
+    by_red, by_green, by_blue = numbers(std or "1,1,1", 3)
     return Image(int(height), int(width), (red, green, blue), (by_red, by_green, by_blue))
 
 
@@ -120,6 +129,14 @@ def numbers(text: str, count: int) -> tuple[float, ...]:
     if len(found) != count or not np.isfinite(found).all():
         raise ExperimentError(f"{text!r}: write {count} numbers between commas.")
     return found
+
+
+def rule(named: str, calibrated: bool) -> str:
+    """Raises ExperimentError for what is no rule, and where another than that of every bundle would change nothing."""
+    check_rule(named)
+    if named != "confidence" and not calibrated:
+        raise ExperimentError(f"--rule {named} needs thresholds, which held-out samples choose; give them as --data.")
+    return named
 
 
 def share(figure: float) -> float:

@@ -16,17 +16,18 @@ import numpy as np
 
 from fedge import build, hostile, trackers
 from fedge import experiment as experiments
-from fedge.client.connection import Connection, channel_options, check_form
+from fedge.client.connection import Connection, channel_options
 from fedge.client.data import load
 from fedge.client.runtime import Progress, Summary, run_client
 from fedge.client.trainer import Shard, Trainer
+from fedge.core import addresses
 from fedge.core.errors import AddressError, ExperimentError
 from fedge.core.limits import Limits
 from fedge.experiment import Experiment
 from fedge.protos import fedge_pb2 as pb
 from fedge.protos.fedge_pb2_grpc import CoordinatorStub
 from fedge.runs import Recorder, Run, Watcher
-from fedge.server.coordinator.serving import check_address, check_free, serve
+from fedge.server.coordinator.serving import check_free, serve
 from fedge.server.machine.events import Record
 from fedge.simulation.engine import Meter
 
@@ -47,7 +48,7 @@ def coordinate(
 
     Started again on the same folder, it goes on where it was. Raises leaves of FedgeError.
     """
-    check_address(listen, allow_remote)
+    addresses.check_listen(listen, allow_remote)
     check_free(listen)  # before there is a folder that would be left behind
     dataset = load(experiment.data.dataset)
     build.check_target(experiment, dataset)
@@ -186,7 +187,7 @@ def dotted(value: Any, key: str = "") -> Iterator[str]:
 def status(address: str) -> dict[str, Any]:
     """How the run at "host:port" stands, as plain data. Raises AddressError where nobody answers."""
     limits = Limits()
-    check_form(address)
+    addresses.parse(address)
     with grpc.insecure_channel(address, channel_options(limits)) as channel:
         stub: Any = CoordinatorStub(channel)  # type: ignore[no-untyped-call]
         try:

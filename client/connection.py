@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from fedge.core import addresses
 from fedge.core.errors import (
     AddressError,
     FedgeError,
@@ -54,16 +55,9 @@ class _LostError(Exception):
 
 
 def channel_options(limits: Limits) -> list[tuple[str, int]]:
-    """Channel settings. A silent peer is found within keepalive_time_s + keepalive_timeout_s, even behind a proxy that
-    still acknowledges TCP: that needs ping_timeout_ms, which keepalive_timeout_ms alone does not bound.
-    """
-    keepalive_timeout_ms = int(limits.keepalive_timeout_s * 1000)
+    """Channel settings."""
     return [
-        ("grpc.keepalive_time_ms", int(limits.keepalive_time_s * 1000)),
-        ("grpc.keepalive_timeout_ms", keepalive_timeout_ms),
-        ("grpc.http2.ping_timeout_ms", keepalive_timeout_ms),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
+        *addresses.keepalive(limits),
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.initial_reconnect_backoff_ms", int(_FIRST_DELAY_S * 1000)),
         ("grpc.min_reconnect_backoff_ms", int(_FIRST_DELAY_S * 1000)),
@@ -71,13 +65,6 @@ def channel_options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.enable_retries", 0),
         ("grpc.use_local_subchannel_pool", 1),  # clients in one process stay apart
     ]
-
-
-def check_form(address: str) -> None:
-    """Raises AddressError for what is no "host:port"."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) >= 1 << 16:
-        raise AddressError(f"{address!r} is no address; write host:port, such as 127.0.0.1:7443.")
 
 
 class Connection:
@@ -89,7 +76,7 @@ class Connection:
     """
 
     def __init__(self, address: str, name: str, limits: Limits, *, layout_hash: str = "", examples: int = 0) -> None:
-        check_form(address)
+        addresses.parse(address)
         self.address = address
         self.limits = limits
         self.sender = pb.Sender(client=name, incarnation=secrets.token_hex(16))

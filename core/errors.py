@@ -12,6 +12,7 @@
     +-- OurFault
         +-- AddressError      cannot listen on, or reach, an address          exit 6
         |   +-- Overloaded    the cloud has no room for one more request
+        +-- RankLost          a rank of a language model died, fell silent or broke the protocol   exit 13
         +-- JournalError      the journal cannot be written or does not verify exit 7
         +-- StrategyError     a strategy plug-in broke its contract           exit 8
 
@@ -228,6 +229,21 @@ class TooLate(OurFault):
     reason = "TOO_LATE"
     status = "DEADLINE_EXCEEDED"
     exit_code = 12
+
+
+class RankLost(OurFault):
+    """A rank of a language model died, fell silent or broke the protocol; nothing of the step counts.
+
+    `rank` is its number, -1 where it is not known.
+    """
+
+    reason = "RANK_LOST"
+    status = "UNAVAILABLE"
+    exit_code = 13
+
+    def __init__(self, message: str, rank: int = -1) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class JournalError(OurFault):

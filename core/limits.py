@@ -70,6 +70,63 @@ class EdgeLimits:
     max_streams: int = 1000
     max_queue: int = 256  # requests that wait, all devices together
     max_queue_bytes: int = 256 << 20
+    max_unread_bytes: int = 128 << 20  # replies on their way, all devices together; those of one: max_tensor_bytes
     max_in_flight: int = 32  # requests of one device
     max_batch: int = 16
     batch_wait_s: float = 0.002  # how long the first request of a batch waits for others
+
+    # What a machine keeps of optimised pieces, all bundles together.
+    max_cache_bytes: int = 8 << 30  # a piece holds its weights once more; what is in use may be above
+
+
+@dataclass(frozen=True, slots=True)
+class LlmLimits:
+    """What a language model across devices, and one user of it, may cost. Sizes in bytes, times in seconds."""
+
+    # A model's folder, before anything of it is used.
+    max_config_bytes: int = 1 << 20
+    max_tokenizer_bytes: int = 64 << 20
+    max_template_passes: int = 100_000  # loops and calls of a chat template, for one conversation
+    max_template_text: int = 4 << 20  # characters of a chat template, and of what it writes
+    max_header_bytes: int = 64 << 20  # of one safetensors file
+    max_files: int = 1024
+    max_layers: int = 1024
+    max_ranks: int = 64
+
+    # Between ranks.
+    connect_timeout_s: float = 10.0
+    step_timeout_s: float = 30.0  # a rank silent for so long is lost
+    max_frame_bytes: int = 256 << 20
+    max_step_tokens: int = 512  # of all sequences together in one pass
+
+    # One request, and all of them.
+    max_requests: int = 256  # waiting and running
+    max_slots: int = 16  # running at a time
+    max_new_tokens: int = 4096  # of one request that names no number: as far as the context goes, at most so many
+    chunk_tokens: int = 256  # of prompts in one pass while others wait for their next token
+
+    # The control plane of a group of ranks.
+    max_report_bytes: int = 1 << 18  # one message of a worker
+    max_device_name_bytes: int = 64
+    max_certificate_bytes: int = 1 << 14
+    max_known_shards: int = 1024  # that a worker may say it has
+    beat_s: float = 2.0  # a worker says so often that it is there
+    silence_s: float = 20.0  # a worker that says nothing for so long is gone
+    settle_s: float = 3.0  # after a rank was lost: how long the others may take to say that they have noticed
+    load_timeout_s: float = 1800.0  # to fetch a shard and open it
+    rest_s: float = 30.0  # a device that could not load, or not be met, is left out for so long
+    form_tries: int = 8  # a group whose devices fail while it is formed
+    kernel_s: float = 1.0  # to measure which kernel is the fastest
+    fetch_chunk_bytes: int = 1 << 18
+    fetch_tries: int = 3  # of a shard, each from where the last one was cut
+    reconnect_s: float = 0.1  # a worker's first wait for a head that is away; each is twice as long as the last
+    max_reconnect_s: float = 10.0
+    max_store_bytes: int = 256 << 30  # of shards in one folder
+
+    # The HTTP server.
+    max_body_bytes: int = 4 << 20
+    max_choices: int = 16  # answers of one HTTP request, over all its prompts
+    max_connections: int = 512
+    http_timeout_s: float = 30.0  # for a head or a body to arrive, and for a client that reads nothing of its answer
+    max_idle_s: float = 60.0  # of a connection between two requests
+    shutdown_s: float = 5.0  # answers that are under way may take so long when the server ends

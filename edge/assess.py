@@ -1,12 +1,15 @@
 """What a bundle is worth on held-out samples: exits calibrated, thresholds chosen, every coding's accuracy and bytes.
 
+Thresholds flatter themselves on the samples that chose them, so where there are enough they are chosen on one half, and
+what is told of the exits is of the other.
+
 Owns the runs over the samples and the new description of the bundle. For its figures to mean anything it must never see
 the samples that a model was trained on, nor those of the final test.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -17,7 +20,8 @@ from fedge.core.params import Array
 from fedge.edge import bundle as bundles
 from fedge.edge.bundle import INPUT, OUTPUT, Boundary, Bundle, Exit, Sent
 from fedge.edge.coding import codings
-from fedge.edge.exits.calibrate import choose_thresholds, temperature
+from fedge.edge.exits.calibrate import choose_thresholds, evaluate, temperature
+from fedge.edge.exits.rules import check_rule
 from fedge.edge.runtime.sessions import Runner, open_piece
 from fedge.edge.runtime.tensors import check
 
@@ -26,6 +30,7 @@ FLOAT_CODINGS = ("raw", "f16", "u8+zstd", "u8c@99.9+zstd")
 OTHER_CODINGS = ("raw", "raw+zstd")
 EXACT = ("raw", "raw+zstd", "png")
 LEAST = 1e-9  # what a mean over samples may be off
+ENOUGH = 200  # samples from which on exits are calibrated on one half and measured on the other
 BATCH = 32  # samples at a time where the model's batch is free
 
 Judge = Callable[[Array, Array], Array]
@@ -87,17 +92,20 @@ def assess(
     """Measure the bundle in `folder` on samples `x` [n, ...] with the truth `y` [n, ...], and describe it anew.
 
     The exits' thresholds are the lowest with which, surely enough, at most `lose` of the full model's accuracy is lost;
-    without `y`, with which at most so many answers differ from the full model's. `tried` names the codings of a
+    without `y`, with which at most so many answers differ from the full model's. Of 200 samples or more a random half
+    chooses temperatures and thresholds, and the exits' shares and accuracies are those of the other half (`halves`); of
+    fewer all do both. Codings have no settings to choose, and are measured on all. `tried` names the codings of a
     boundary; by default a few that suit its type. `judge(outputs [n, ...], truth) -> [n]` in [0, 1] says how right an
     answer is, the truth being `y` or the full model's outputs. An exit with other logits than the output, such as a
     prefilter, keeps its settings. The bundle's version changes, so deploy it again.
 
     Raises DataError where there is no sample, or the judge can say nothing of the outputs or the truth; RefusedTensor
-    where samples do not fit the model or a coding is none, ExperimentError where `lose` is outside [0, 1] or `tried`
-    names no boundary.
+    where samples do not fit the model or a coding is none, ExperimentError where `lose` is outside [0, 1], there is
+    no such `rule`, or `tried` names no boundary.
     """
     bundle = bundles.load(folder)
     _check(bundle, x, y, lose)
+    check_rule(rule)
     wanted = _wanted(bundle, tried or {})
     seen = _run(folder, bundle, x, y, wanted, judge)
     measured = {
@@ -107,6 +115,15 @@ def assess(
     }  # fmt: skip
     exits = _calibrated(bundle, seen, y, lose, rule) if bundle.exits else ()
     return bundles.write(folder, msgspec.structs.replace(bundle, codings=measured, exits=exits, rule=rule))
+
+
+def halves(count: int) -> tuple[Array, Array]:
+    """Of so many samples those that choose the exits' settings, and those that the exits' figures are of.
+
+    Always the same ones. All are both where there are fewer than ENOUGH.
+    """
+    order = np.random.default_rng(0).permutation(count)
+    return (order, order) if count < ENOUGH else (order[: count // 2], order[count // 2 :])
 
 
 def offer(folder: Path, which: Callable[[Boundary], Sequence[str]] | None = None) -> Bundle:
@@ -266,19 +283,21 @@ def _calibrated(bundle: Bundle, seen: _Seen, y: Array | None, lose: float, rule:
     kin = [leave for leave in bundle.exits if _names(final) and found[leave.name].shape == final.shape]
     if not kin:
         return bundle.exits
-    logits = [found[leave.name] for leave in kin]
     truth = np.asarray(_classes(final, final if y is None else y), np.int64)
-    full = 1.0 if y is None else float(np.mean(final.argmax(axis=1) == truth))
     places = {boundary.name: boundary.position for boundary in bundle.boundaries}
-    chosen = choose_thresholds(
-        logits,
-        final,
-        None if y is None else truth,
-        wanted=max(full - lose - LEAST, 0.0),
-        temperatures=[temperature(one, truth) for one in logits],
-        work=[*(float(places[leave.boundary]) for leave in kin), float(places[OUTPUT])],
-        rule=rule,
-    )
+    work = [*(float(places[leave.boundary]) for leave in kin), float(places[OUTPUT])]
+
+    def of(rows: Array) -> tuple[list[Array], Array, Array | None]:
+        return [found[leave.name][rows] for leave in kin], final[rows], None if y is None else truth[rows]
+
+    choosing, telling = halves(len(final))
+    logits, last, labels = of(choosing)
+    full = 1.0 if labels is None else float(np.mean(last.argmax(axis=1) == labels))
+    heats = [temperature(one, truth[choosing]) for one in logits]
+    wanted = max(full - lose - LEAST, 0.0)
+    chosen = choose_thresholds(logits, last, labels, wanted=wanted, temperatures=heats, work=work, rule=rule)
+    outcome = evaluate(*of(telling), rule=rule, temperatures=heats, thresholds=chosen.thresholds, work=work)
+    chosen = replace(chosen, outcome=outcome)
     return _beside(bundle.exits, {leave.name: leave for leave in chosen.put(kin)})
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from fedge.client.data import load as load_data
 from fedge.core.errors import DataError, ExperimentError, RefusedTensor
 from fedge.edge import assess as assessing
-from fedge.edge.assess import assess, offer, suited
+from fedge.edge.assess import ENOUGH, assess, halves, offer, suited
 from fedge.edge.bundle import INPUT, OUTPUT, Boundary, Bundle, Sent, Tensor, load, write
 from fedge.edge.coding.codings import decode, encode
 from fedge.edge.exits.rules import decide
@@ -101,6 +101,13 @@ def literally(folder: Path, bundle: Bundle, x: Array) -> tuple[list[int | None],
 
 
 def expect_exits(folder: Path, bundle: Bundle, x: Array, truth: Sequence[int] | None, lose: float) -> None:
+    """The thresholds keep the goal where they were chosen, and the figures are those of the other samples."""
+    choosing, telling = halves(len(x))
+    expect_goal(folder, bundle, x[choosing], None if truth is None else np.asarray(truth)[choosing], lose)
+    expect_figures(folder, bundle, x[telling], None if truth is None else np.asarray(truth)[telling])
+
+
+def expect_figures(folder: Path, bundle: Bundle, x: Array, truth: Array | None) -> None:
     places, named = literally(folder, bundle, x)
     told = [row[-1] for row in named] if truth is None else list(truth)
     for index, leave in enumerate(bundle.exits):
@@ -109,6 +116,11 @@ def expect_exits(folder: Path, bundle: Bundle, x: Array, truth: Sequence[int] | 
         if here:
             assert leave.accuracy == pytest.approx(np.mean([named[row][index] == told[row] for row in here]))
             assert leave.final_accuracy == pytest.approx(np.mean([named[row][-1] == told[row] for row in here]))
+
+
+def expect_goal(folder: Path, bundle: Bundle, x: Array, truth: Array | None, lose: float) -> None:
+    places, named = literally(folder, bundle, x)
+    told = [row[-1] for row in named] if truth is None else list(truth)
     full = np.mean([names[-1] == one for names, one in zip(named, told)])
     early = np.mean([names[-1 if place is None else place] == one for names, place, one in zip(named, places, told)])
     assert early >= full - lose - 1e-9
@@ -130,6 +142,27 @@ def test_shares_and_accuracies_of_exits_are_those_of_the_samples(
     assert made.rule == rule
     assert sum(leave.share for leave in made.exits) > 0.1  # somebody leaves, or this tests nothing
     expect_exits(folder, made, x, y if labelled else None, 0.1)
+
+
+def test_figures_of_exits_are_of_samples_that_chose_nothing_where_there_are_enough() -> None:
+    for count in (1, ENOUGH - 1, ENOUGH, ENOUGH + 1, 5000):
+        choosing, telling = (set(rows.tolist()) for rows in halves(count))
+        assert choosing | telling == set(range(count))
+        assert (choosing & telling) == (set() if count >= ENOUGH else set(range(count)))
+    assert [half.tolist() for half in halves(400)] == [half.tolist() for half in halves(400)]
+    assert abs(np.mean(halves(5000)[0]) - 2500) < 100  # drawn, not the first half of a file that may be sorted
+
+
+def test_labels_of_the_telling_half_choose_nothing(folder: Path, fashion: tuple[Array, Array]) -> None:
+    x, y = fashion
+    told = halves(len(x))[1]
+    other = y.copy()
+    other[told] = (y[told] + 1) % 10
+    first = assess(folder, x, y, lose=0.1, tried={name: [] for name in TRIED}).exits
+    second = assess(folder, x, other, lose=0.1, tried={name: [] for name in TRIED}).exits
+    chosen = [[(one.temperature, one.threshold, one.share) for one in exits] for exits in (first, second)]
+    assert chosen[0] == chosen[1]
+    assert [one.accuracy for one in first] != [one.accuracy for one in second]
 
 
 def test_accuracy_and_bytes_of_codings_are_those_of_each_sample(folder: Path, fashion: tuple[Array, Array]) -> None:

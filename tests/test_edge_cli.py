@@ -116,8 +116,27 @@ def test_export_tells_as_json_what_it_wrote(here: Path, tmp_path: Path, capsys: 
     found = told(capsys, "export", "model.onnx", folder, *EXITS, "--cut", "stage2")
     assert found["folder"] == str(folder)
     assert found["version"] == load(folder).version
+    assert found["checked"].startswith("on one random input")
     assert [one["name"] for one in found["boundaries"]] == ["input", "stage1", "stage2", "output"]
     assert found["codings"]["stage2"] == {coding: {"accuracy": None, "bytes": None} for coding in ("raw", "raw+zstd")}
+
+
+@pytest.mark.parametrize(("count", "told"), [(60, "60 samples; share and right are of the same"),
+                                              (220, "110 samples; share and right are of 110 others")])  # fmt: skip
+def test_export_says_what_was_checked_and_which_samples_told(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int, told: str
+) -> None:
+    rng = np.random.default_rng(1)
+    x, y = rng.integers(0, 256, (count, 32, 32, 3), np.uint8), rng.integers(0, 10, count)
+    np.savez(tmp_path / "held.npz", x=x, y=y)
+    data = ("--data", tmp_path / "held.npz", "--rule", "entropy")
+    code, out, err = call(capsys, "export", "model.onnx", tmp_path / "b", *EXITS, "--image", "32x32", *data)
+    assert (code, err) == (0, "")
+    assert f"(rule entropy, chosen on {told})" in out
+    bundle = load(tmp_path / "b")
+    assert bundle.rule == "entropy"
+    count = len(bundle.pieces)
+    assert f"{count} of {count} pieces give what the whole model gives, bit for bit" in out
 
 
 @pytest.mark.slow
@@ -289,6 +308,11 @@ REFUSED = [
     ("export model.onnx {new} --image 99999x99999", 2, "at most"),
     (f"export own_nets:plain {{new}} --input 1x{'9' * 5000}", 2, "--input"),
     ("export model.onnx {new} --image 32x32 --mean 1", 2, "3 numbers"),
+    ("export model.onnx {new} --mean 0,0,0", 2, "give their size as --image HxW"),
+    ("export model.onnx {new} --std 1,1,1", 2, "give their size as --image HxW"),
+    ("export model.onnx {new} --input 1x3x32x32", 2, "leave it out"),
+    (CUT + " --rule luck", 2, "use one of confidence, entropy, patience"),
+    (CUT + " --rule patience", 2, "give them as --data"),
     ("export model.onnx {new} --image 32x32 --std 0,1,1", 4, "positive"),
     ("export no.such:factory {new} --input 1x3x8x8", 2, "cannot import"),
     ("export os:getcwd {new} --input 1x3x8x8", 4, "must return a torch.nn.Module"),

@@ -372,7 +372,7 @@ def test_replies_that_nobody_reads_are_not_kept_without_bound(bundle: Bundle, fo
                 await room.wait()
                 written.append(data)
 
-        limits = EdgeLimits(max_queue_bytes=400)
+        limits = EdgeLimits(max_unread_bytes=400)
         engine = Engine(folder, bundle, limits)
         service = TailService(bundle, engine, limits=limits)
         stream = _Stream(Context())

@@ -3,16 +3,14 @@
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from fedge.core.errors import BadBundle, DataError, ModelError, RefusedTensor
+from fedge.core.errors import BadBundle, ModelError, RefusedTensor
 from fedge.edge.bundle import INPUT, OUTPUT, WEIGHTS, Bundle, Tensor
 from fedge.edge.plan.profile import decode, encode
 from fedge.edge.runtime import memory
 from fedge.edge.runtime.measure import line, profile_bundle, profile_piece
 from fedge.edge.runtime.nodes import Node, nodes
-from fedge.edge.runtime.operators import attribute, predict, profile_operators
+from fedge.edge.runtime.operators import attribute, profile_operators
 from fedge.edge.runtime.tensors import example
 from tests.edge_pieces import HEAD, HEAD_NODES, TAIL_NODES, WHOLE, image, make
 
@@ -59,30 +57,6 @@ def test_kernels_go_where_they_belong():
     fused = [Node("relu_nchwc", ("token",)), Node("order", ("token2",)), Node("c", ("s", "rest")), Node("d", ("y",))]
     kernels = [("in", 0.125), ("relu_nchwc", 1.0), ("order", 0.5), ("c", 2.0), ("d", 4.0), ("strange", 0.25)]
     assert attribute(model, fused, kernels) == (("conv", 0.0), ("relu", 1.625), ("split", 2.0), ("y", 4.25))
-
-
-times = st.lists(st.integers(0, 1000).map(lambda micro: micro / 1e6), min_size=1, max_size=30)
-
-
-@settings(deadline=None)
-@given(times, st.data())
-def test_the_parts_of_a_prediction_sum_to_the_whole(seconds, data):
-    operators = [(f"t{index}", one) for index, one in enumerate(seconds)]
-    cut = data.draw(st.integers(0, len(operators) - 1))
-    last = operators[-1][0]
-    whole = predict(operators, None, last)
-    assert whole == pytest.approx(sum(seconds))
-    assert predict(operators, None, f"t{cut}") + predict(operators, f"t{cut}", last) == pytest.approx(whole)
-    assert predict(operators, f"t{cut}", f"t{cut}") == 0
-    if cut < len(operators) - 1:
-        with pytest.raises(DataError, match="no operators from"):
-            predict(operators, last, f"t{cut}")
-
-
-def test_operators_that_are_not_there_predict_nothing():
-    for ends in ((None, "z"), ("z", "a")):
-        with pytest.raises(DataError, match="no operators from"):
-            predict([("a", 1.0)], *ends)
 
 
 def test_nodes_are_read_without_the_onnx_package(made):

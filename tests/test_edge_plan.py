@@ -17,7 +17,7 @@ from fedge.edge.bundle import INPUT, OUTPUT, Exit, Sent, Tensor
 from fedge.edge.plan import replan
 from fedge.edge.plan.link import OFFLINE, Link, LinkState, estimate, observe
 from fedge.edge.plan.options import Option, build
-from fedge.edge.plan.planner import Bounds, envelope, plan, switches
+from fedge.edge.plan.planner import Bounds, plan, switches
 from fedge.edge.plan.profile import CodingCost, Profile, coding_key, piece_key
 from fedge.edge.plan.replan import Replanner, start, step
 from fedge.edge.plan.scale import Scale, cloud_took, device_took
@@ -43,7 +43,8 @@ def _played(line: Line, option: Option, link: Link, sample: int) -> tuple[float,
     if option.boundary is None:
         return seconds, final
     cost = line.device.codings.get(coding_key(option.boundary, option.coding or ""), CodingCost(0, 0, 4 * 5))
-    network_s = link.rtt_s + cost.bytes * 8 / link.bandwidth_bps
+    (logits,) = line.bundle.boundary(OUTPUT).tensors
+    network_s = link.rtt_s + (cost.bytes + 4 * logits.shape[1]) * 8 / link.bandwidth_bps
     tail_s = line.cloud.pieces[piece_key(option.boundary, OUTPUT)]
     return seconds + cost.encode_s + network_s + cost.decode_s + tail_s, final
 
@@ -157,7 +158,11 @@ def test_codings_may_be_given_which_leaves_plain_neurosurgeon() -> None:
     assert [option.name for option in options] == ["local", "input as raw", "b0 as raw", "b1 as raw"]
     assert [option.bytes for option in options] == [0, 20, 24, 28]
     link = Link(1e4, 0.01)
-    totals = [option.device_s + option.sent * (0.01 + 8 * option.bytes / 1e4 + option.tail_s) for option in options]
+    size = 4 * line.bundle.boundary(OUTPUT).tensors[0].shape[1]  # of the answer
+    assert [option.reply_bytes for option in options] == [0, size, size, size]
+    totals = [
+        option.device_s + option.sent * (0.01 + 8 * (option.bytes + size) / 1e4 + option.tail_s) for option in options
+    ]
     assert plan(options, link, Bounds()).choice == options[totals.index(min(totals))]
 
 
@@ -224,11 +229,26 @@ def test_switch_points_agree_with_a_dense_search(line: Line, rtt_s: float, deadl
     exact = switches(options, bounds, rtt_s, 1e5, 1e9)
     rates = [10 ** (5.001 + 3.99 * step / 100) for step in range(101)]
     assert exact[0][0] == 1e5
-    for rate, winner in zip(rates, envelope(options, bounds, rates, rtt_s)):
+    for rate in rates:
         promised = [option for start_bps, option in exact if start_bps <= rate][-1]
-        assert (winner is None) == (promised is None)
-        if winner and promised:
-            assert promised.latency_s(Link(rate, rtt_s)) == pytest.approx(winner.latency_s(Link(rate, rtt_s)), rel=1e-9)
+        link = Link(rate, rtt_s)
+        kept = [one.latency_s(link) for one in options if one.longest_s(link) <= (deadline_s or math.inf)]
+        assert bool(kept) == (promised is not None)
+        if promised:
+            assert promised.latency_s(link) == pytest.approx(min(kept), rel=1e-9)
+
+
+def test_what_comes_back_takes_time_on_the_link_too() -> None:
+    """A large map as the answer makes the tail worth less; where it wins is told by both directions."""
+    local = _option("local", 0.1)
+    cloud, large = _option(INPUT, 0.0, 10_000), replace(_option(INPUT, 0.0, 10_000), reply_bytes=90_000)
+    link = Link(8e6, 0.01)
+    assert large.latency_s(link) - cloud.latency_s(link) == pytest.approx(0.09)
+    assert large.longest_s(link) - cloud.longest_s(link) == pytest.approx(0.09)
+    assert plan((local, cloud), link, Bounds()).choice == cloud
+    assert plan((local, large), link, Bounds()).choice == local
+    found = switches((local, large), Bounds(deadline_s=0.15), 0.01, 1e5, 1e9)
+    assert [rate for rate, _ in found] == pytest.approx([1e5, 8 * 100_000 / 0.09])
 
 
 def test_every_winner_has_its_range() -> None:

@@ -22,7 +22,6 @@ from fedge.edge.cloud.session import Answer, Session
 from fedge.edge.cloud.wire import Reply
 from fedge.edge.coding.codings import encode
 from fedge.edge.plan.planner import Bounds
-from fedge.edge.plan.scale import Scale
 from tests import edge_fixture as tiny
 from tests.relay import Relay
 
@@ -306,14 +305,6 @@ def test_a_reply_with_other_rows_than_were_sent_is_no_answer(
         assert _outputs(session._ends, Reply((right,), 0.0, ""), 1)["logits"].shape == (1, 4)
         with pytest.raises(RefusedTensor, match="rows"):
             _outputs(session._ends, Reply((wrong,), 0.0, ""), 1)
-
-
-def test_a_busy_spell_of_the_device_passes(folder: Path, bundle: Bundle) -> None:
-    with Session(folder, profile=tiny.profile(bundle), deadline_s=10) as session:
-        session._device.scale = Scale(device=1e5)  # then the piece of 0.1 ms would take 12.5 s
-        session._device._fresh_until["device"] = time.monotonic() + 0.3
-        assert session.infer(tiny.sample()).label == "none"
-        tiny.until(lambda: session.infer(tiny.sample()).label == "device")
 
 
 def test_what_was_observed_is_believed_for_a_while_and_then_forgotten(folder: Path, bundle: Bundle) -> None:

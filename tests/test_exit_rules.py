@@ -32,7 +32,7 @@ def test_entropy_is_branchynets_turned_round() -> None:
     entropy = -(chances * np.log(chances)).sum(axis=1)
     assert rules.certainty(np.log(chances)) == pytest.approx(1 - entropy / math.log(3))
     for nats in (0.3, 0.9):
-        left = rules.decide("entropy", [np.log(chances)], 1.0, rules.of_entropy(nats, 3))
+        left = rules.decide("entropy", [np.log(chances)], 1.0, 1 - nats / math.log(3))
         assert left.tolist() == (entropy <= nats).tolist()
 
 
@@ -41,7 +41,7 @@ def test_patience_counts_exits_in_a_row() -> None:
     histories = ([two], [one, two], [two, two], [two, one, two], [one, two, two], [two, two, two])
     assert [rules.agreement(history)[0] for history in histories] == [0, 0, 0.5, 0, 0.5, 1 - 1 / 3]
     for exits, wanted in ((1, True), (2, True), (3, False)):
-        assert rules.decide("patience", [one, two, two], 1.0, rules.of_patience(exits)).tolist() == [wanted]
+        assert rules.decide("patience", [one, two, two], 1.0, 1 - 1 / exits).tolist() == [wanted]
 
 
 @given(logits=LOGITS, rule=KINDS, heat=st.floats(0.05, 20))
@@ -108,10 +108,6 @@ def test_other_settings_that_are_none_are_refused() -> None:
             rules.decide("confidence", [np.zeros((1, 2))], heat, 0.5)
     with pytest.raises(ExperimentError, match="no exit rule 'hope'; use one of confidence, entropy, patience"):
         rules.decide("hope", [np.zeros((1, 2))], 1.0, 0.5)
-    with pytest.raises(ExperimentError):
-        rules.of_entropy(2.0, 3)
-    with pytest.raises(ExperimentError):
-        rules.of_patience(0)
     with pytest.raises(DataError, match="differ in shape"):
         rules.decide("patience", [np.zeros((1, 2)), np.zeros((2, 2))], 1.0, 0.5)
     with pytest.raises(DataError, match="no logits"):

@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 from fedge.core.errors import CannotCut, ModelError
 from fedge.core.limits import EdgeLimits
-from fedge.edge.split.extract import check_piece, extract
+from fedge.edge.split.extract import extract, plain_session
 from fedge.edge.split.graph import Cut, Graph, cuts, open_graph
 from fedge.edge.split.order import line
 from fedge.edge.split.weights import write_weights
@@ -155,10 +155,10 @@ def test_a_weights_file_that_shrinks_meanwhile_is_refused(tmp_path: Path) -> Non
 def test_a_piece_that_the_runtime_cannot_load_is_refused(tmp_path: Path) -> None:
     graph = open_graph(onnx_models.save(onnx_models.resnet(), tmp_path / "m.onnx"))
     head, _ = halves(graph, cuts(graph)[-1], placed(graph, tmp_path))
-    check_piece(head, tmp_path)
+    plain_session(head, tmp_path)
     (tmp_path / "weights.data").unlink()
     with pytest.raises(ModelError, match="ONNX Runtime cannot load the model"):
-        check_piece(head, tmp_path)
+        plain_session(head, tmp_path)
 
 
 LIGHT = ["densenet121", "inception_v1", "inception_v2", "resnet50", "shufflenet", "squeezenet"]

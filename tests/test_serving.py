@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from fedge.core.addresses import check_listen
 from fedge.core.errors import AddressError, ExperimentError, JournalError
 from fedge.server.coordinator import replay, serve
-from fedge.server.coordinator.serving import check_address
 from fedge.server.machine import Stop
 from fedge.server.machine.events import Record
 from tests.coordinator_fixture import Peer, initial, plan, room
@@ -47,18 +47,18 @@ def test_two_coordinators_do_not_share_a_port(tmp_path: Path) -> None:
 def test_other_machines_are_kept_out_unless_allowed(tmp_path: Path, listen: str) -> None:
     with pytest.raises(AddressError, match="--insecure-remote"):
         asyncio.run(served(tmp_path, listen=listen))
-    check_address(listen, allow_remote=True)
+    check_listen(listen, allow_remote=True)
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1", "localhost:x", ":80", "127.0.0.1:70000"])
 def test_what_is_no_address_is_refused(listen: str) -> None:
     with pytest.raises(AddressError, match="host:port"):
-        check_address(listen, allow_remote=False)
+        check_listen(listen, allow_remote=False)
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:80", "localhost:80", "[::1]:80", "127.9.9.9:1"])
 def test_loopback_is_free(listen: str) -> None:
-    check_address(listen, allow_remote=False)
+    check_listen(listen, allow_remote=False)
 
 
 def test_a_second_coordinator_on_the_folder_is_refused(tmp_path: Path) -> None:

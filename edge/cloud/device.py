@@ -4,6 +4,7 @@ Owns which pieces are open and how long each is expected to take. Must never kno
 """
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from fedge.edge.runtime.sessions import Runner, open_piece
 Leg = tuple[str, str]  # the piece between two boundaries
 MARGIN, MARGIN_S = 1.25, 1e-3  # what predictions may be off: a factor, and the scheduler
 FRESH_S, HALF_LIFE_S = 2.0, 2.0  # a factor of `scale` is believed so long after a run, then goes back to 1 this fast
+RETRY_S = 0.1  # after the last run what only looks too slow is tried again; twice as long after each try in vain
 
 
 @dataclass(slots=True)
@@ -48,6 +50,7 @@ class Device:
         self.profile = Profile("device", bundle.version, threads)
         self.scale = Scale()
         self._fresh_until = {"device": time.monotonic(), "cloud": time.monotonic()}
+        self._ran_at, self._rest_s = -math.inf, RETRY_S
 
     def took(self, side: str, observed_s: float, profiled_s: float) -> None:
         """`device` or `cloud` took so long for what is profiled so."""
@@ -115,6 +118,7 @@ class Device:
         (runner,) = self.open([leg])
         began_at = time.perf_counter()
         found = runner.run(walk.tensors)
+        self._ran_at = time.monotonic()
         if walk.rows == 1:  # profiles are for one sample
             known_s = self.profile.pieces.get(piece_key(*leg), 0.0)
             self.took("device", time.perf_counter() - began_at, known_s)
@@ -124,6 +128,21 @@ class Device:
         walk.passed += fresh
         walk.logits += [found[leave.logits.name] for leave in fresh]
         return fresh
+
+    def retry(self, walk: Walk, leg: Leg, due_at: float) -> bool:
+        """Compute one piece that looks too slow, where as profiled it would be in time; whether it was tried.
+
+        Not at once after another run, and seldom while tries end late: a busy device has better to do. It tells
+        whether a busy spell has passed, so it counts for all runs before it. Raises as `advance`.
+        """
+        now, known_s = time.monotonic(), walk.rows * self.profile.pieces.get(piece_key(*leg), 0.0)
+        if now - self._ran_at < self._rest_s or now + MARGIN * known_s + MARGIN_S > due_at:
+            return False
+        self.advance(walk, leg)
+        if known_s:
+            self.scale = replace(self.scale, device=(self._ran_at - now) / known_s)
+        self._rest_s = RETRY_S if self._ran_at <= due_at else min(2 * self._rest_s, FRESH_S)
+        return True
 
     def leaves(self, walk: Walk, fresh: Sequence[Exit], used: Sequence[str]) -> Exit | None:
         """The exit among the `fresh` ones, if `used`, that answers all samples; none whose logits are no numbers."""

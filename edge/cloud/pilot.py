@@ -5,11 +5,13 @@ that no request waits for one to load. Must never run a sample.
 """
 
 import logging
+import math
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
-from fedge.core.errors import FedgeError
+from fedge.core.errors import ExperimentError, FedgeError
 from fedge.edge.bundle import INPUT, Bundle
 from fedge.edge.cloud.device import Device
 from fedge.edge.cloud.uplink import Uplink
@@ -17,18 +19,20 @@ from fedge.edge.plan import options as choices
 from fedge.edge.plan import replan
 from fedge.edge.plan.link import OFFLINE, Link
 from fedge.edge.plan.options import Option
-from fedge.edge.plan.planner import Bounds
+from fedge.edge.plan.planner import Bounds, plan
 from fedge.edge.plan.profile import Profile
 from fedge.edge.plan.replan import Replanner
 from fedge.edge.plan.scale import Scale
 
 log = logging.getLogger("fedge")
 PERIOD_S = 0.1  # between two looks at the link
+PERFECT = Link(math.inf, 0.0)  # what no option keeps on this one, no option ever keeps
 
 
 class Pilot:
     """Keeps `choice` up to date in a thread of its own. Raises DataError for a device profile of another bundle.
 
+    `trouble` is what the last plan with the cloud found impossible, whatever the link: bounds, or the cloud's profile.
     Bounds that no local option keeps are not kept without a cloud: a poorer answer is better than none.
     """
 
@@ -40,6 +44,7 @@ class Pilot:
         local = choices.build(bundle, device.profile, None)
         self._local = replan.best(local, OFFLINE, replace(bounds, accuracy=None, memory_bytes=None))
         self.choice = self._local
+        self.trouble: FedgeError | None = None
         self._ready(self._local)
         self.planned = threading.Event()  # set once a plan has been made for the cloud and its link
         self._closed = threading.Event()
@@ -60,8 +65,9 @@ class Pilot:
             try:
                 self._step(self._uplink, time.monotonic())
             except FedgeError as error:
-                log.warning("planning goes on without the cloud: %s", error)
-                self.choice, self._planned_for = self._local, None
+                if str(error) != str(self.trouble):
+                    log.warning("planning goes on without the cloud: %s", error)
+                self.choice, self._planned_for, self.trouble = self._local, None, error
                 self._closed.wait(10 * PERIOD_S)
 
     def _step(self, uplink: Uplink, now: float) -> None:
@@ -72,6 +78,7 @@ class Pilot:
             return
         if self._replanner is None or uplink.profile is not self._planned_for:
             self._replanner, self._planned_for = self._afresh(uplink.profile, link), uplink.profile
+            self._device.scale = replace(self._device.scale, cloud=1.0)  # what was seen was of another profile
         elif (link, self._device.scale) != self._seen:  # the same news again is no further evidence
             self._replanner = replan.step(self._replanner, link, self._device.scale)
         self._seen = (link, self._device.scale)
@@ -83,10 +90,22 @@ class Pilot:
 
     def _afresh(self, cloud: Profile, link: Link) -> Replanner:
         options = choices.build(self._bundle, self._device.profile, cloud)
-        return replan.start(options, link, self._bounds)
+        impossible = _impossible(options, self._bounds)
+        replanner = replan.start(options, link, self._bounds)
+        self.trouble = impossible
+        return replanner
 
     def _ready(self, option: Option) -> None:
         """Open what this option runs, and what answers in its stead: more than the bound on memory counts."""
         starts = {leg[0] for leg in option.pieces} | {option.boundary or INPUT}
         onward = [leg for start in starts for leg in self._device.onward(start)]
         self._device.keep([*option.pieces, *self._local.pieces, *onward])
+
+
+def _impossible(options: Sequence[Option], bounds: Bounds) -> ExperimentError | None:
+    """Why no option keeps all bounds, not even on a perfect link; None where one does."""
+    try:
+        plan(options, PERFECT, bounds)
+    except ExperimentError as error:
+        return error
+    return None

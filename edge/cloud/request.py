@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from concurrent.futures import TimeoutError as NoReply
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedge.core.errors import AddressError, FedgeError, RefusedTensor, TooLate
 from fedge.core.limits import EdgeLimits
 from fedge.core.params import Array
@@ -15,7 +17,7 @@ from fedge.edge.bundle import OUTPUT, Bundle
 from fedge.edge.cloud.device import Device, Walk
 from fedge.edge.cloud.pilot import Pilot
 from fedge.edge.cloud.uplink import Uplink
-from fedge.edge.cloud.wire import BATCH, Reply
+from fedge.edge.cloud.wire import BATCH, Reply, batch_rows
 from fedge.edge.coding.codings import decode, encode
 from fedge.edge.plan.options import Option
 
@@ -67,6 +69,8 @@ def _asked(ends: Ends, option: Option, walk: Walk, due_at: float) -> dict[str, A
     """The cloud's outputs. Raises what it refused with, AddressError where it is gone, TooLate at the last moment."""
     if ends.uplink is None or option.coding is None:
         raise AddressError("There is no cloud.")
+    shapes = [tensor.shape for tensor in walk.tensors.values()]
+    batch_rows(shapes, ends.bundle.boundary(walk.boundary).tensors, ends.limits)
     coded = [encode(name, tensor, option.coding) for name, tensor in walk.tensors.items()]
     wait_s = due_at - time.monotonic() - reserved_s(ends, option, walk, due_at - time.monotonic())
     if wait_s <= 0:
@@ -100,7 +104,10 @@ def reserved_s(ends: Ends, option: Option, walk: Walk, left_s: float) -> float:
 
 
 def _outputs(ends: Ends, reply: Reply, rows: int) -> dict[str, Array]:
-    """The tensors in a reply. Raises RefusedTensor where they are not the model's for a batch of so many rows."""
+    """The tensors in a reply. Raises RefusedTensor where they are not the model's for a batch of so many rows.
+
+    Values that are not finite are no answer: either the cloud has failed, or the device will find the same.
+    """
     tensors = ends.bundle.boundary(OUTPUT).tensors
     if len(reply.outputs) != len(tensors):
         raise RefusedTensor(f"The cloud sent {len(reply.outputs)} outputs, the model has {len(tensors)}.")
@@ -108,15 +115,18 @@ def _outputs(ends: Ends, reply: Reply, rows: int) -> dict[str, Array]:
     for tensor in tensors:
         if tensor.shape[:1] == (BATCH,) and outputs[tensor.name].shape[0] != rows:
             raise RefusedTensor(f"The cloud sent {outputs[tensor.name].shape[0]} rows of {tensor.name!r} for {rows}.")
+        if outputs[tensor.name].dtype.kind == "f" and not np.isfinite(outputs[tensor.name]).all():
+            raise RefusedTensor(f"The cloud sent values of {tensor.name!r} that are NaN or infinite; look at its tail.")
     return outputs
 
 
 def _alone(ends: Ends, walk: Walk, due_at: float, why: FedgeError) -> Outcome:
-    """As far as the device gets by the deadline, by itself."""
+    """As far as the device gets by the deadline, by itself; where that is nowhere, it may try."""
     for leg in ends.device.onward(walk.boundary):
-        if time.monotonic() + walk.rows * ends.device.takes_s([leg]) > due_at:
+        if time.monotonic() + walk.rows * ends.device.takes_s([leg]) <= due_at:
+            ends.device.advance(walk, leg)
+        elif walk.passed or not ends.device.retry(walk, leg, due_at):
             break
-        ends.device.advance(walk, leg)
     if walk.boundary == OUTPUT:
         return Outcome(walk.tensors, DEVICE, why)
     if walk.passed:

@@ -5,7 +5,6 @@ Must never know what a call does.
 
 import asyncio
 import contextlib
-import ipaddress
 import platform
 import signal
 import threading
@@ -14,8 +13,9 @@ from pathlib import Path
 
 import grpc
 
+from fedge.core.addresses import check_listen, keepalive_server
 from fedge.core.errors import AddressError
-from fedge.core.limits import EdgeLimits, Limits
+from fedge.core.limits import EdgeLimits
 from fedge.edge import bundle as bundles
 from fedge.edge.cloud import wire
 from fedge.edge.cloud.engine import Engine
@@ -25,7 +25,6 @@ from fedge.edge.plan.profile import Profile
 from fedge.edge.runtime.measure import profile_roughly
 
 GRACE_S = 5.0  # for requests in progress at the end
-_PINGS = Limits()  # the house's settings of keepalive
 
 
 def options(limits: EdgeLimits) -> list[tuple[str, int]]:
@@ -34,25 +33,8 @@ def options(limits: EdgeLimits) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),  # two tails on one port would each see half of the devices
         ("grpc.max_receive_message_length", wire.most_message_bytes(limits)),
         ("grpc.max_send_message_length", wire.most_message_bytes(limits)),
-        ("grpc.keepalive_time_ms", int(_PINGS.keepalive_time_s * 1000)),
-        ("grpc.keepalive_timeout_ms", int(_PINGS.keepalive_timeout_s * 1000)),
-        ("grpc.http2.ping_timeout_ms", int(_PINGS.keepalive_timeout_s * 1000)),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(_PINGS.min_ping_interval_s * 1000)),
+        *keepalive_server(),
     ]
-
-
-def check_private(listen: str) -> None:
-    """Raises AddressError for an address that other machines can reach."""
-    host, _ = wire.check_address(listen)
-    with contextlib.suppress(ValueError):
-        if host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback:
-            return
-    raise AddressError(
-        f"{listen} can be reached by other machines, and there is no TLS yet; "
-        "listen on 127.0.0.1, or pass --insecure-remote on a network you trust."
-    )
 
 
 @contextlib.asynccontextmanager
@@ -71,10 +53,7 @@ async def tail_at(
     `workers` batches run at a time, each on `threads` threads. Without a `profile` it is measured roughly. At the end
     requests in progress are answered. Raises AddressError, BadBundle and DataError (a profile of another bundle).
     """
-    if allow_remote:
-        wire.check_address(listen)
-    else:
-        check_private(listen)
+    check_listen(listen, allow_remote)
     bundle = bundles.load(folder, limits)
     engine = Engine(folder, bundle, limits, threads)
     known = profile or profile_roughly(bundle, engine.runners, device=platform.node() or "cloud", threads=threads)

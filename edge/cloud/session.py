@@ -35,8 +35,8 @@ class Answer:
     """What came out. `outputs` are those of the model by name, or the logits of the exit; empty for the label `none`.
 
     `label` is `cloud`, `device`, `exit:NAME` or `none`. `option` names the plan that was followed; `reason` is empty
-    where it went to plan, else the code of what went wrong (docs/errors.md), and `detail` says it in a sentence.
-    `late`: it came after its deadline.
+    where it went to plan, else the code of what went wrong (docs/errors.md), and `detail` says it in a sentence; where
+    no plan with the cloud can keep the bounds, every answer says so. `late`: it came after its deadline.
     """
 
     outputs: Mapping[str, Array]
@@ -108,8 +108,14 @@ class Session:
 
     @property
     def trouble(self) -> str:
-        """The reason why the cloud cannot be asked now, as in docs/errors.md; empty where it can, or there is none."""
-        return self._uplink.trouble.reason if self._uplink and not self._uplink.usable else ""
+        """The reason why the cloud cannot be asked now, or no plan with it keeps the bounds, as in docs/errors.md.
+
+        Empty where all is well, or there is no cloud.
+        """
+        if self._uplink and not self._uplink.usable:
+            return self._uplink.trouble.reason
+        trouble = self._pilot.trouble
+        return trouble.reason if trouble else ""
 
     def wait_for_cloud(self, timeout_s: float) -> bool:
         """Wait until the cloud has been greeted and there is a plan with it; False where that takes longer."""
@@ -130,7 +136,7 @@ class Session:
             option = self._pilot.choice
             outcome = request.answer(self._ends, option, start(self.bundle, array), began_at + self._deadline_s)
         latency_s = time.monotonic() - began_at
-        why = outcome.why
+        whys = [error for error in (outcome.why, self._pilot.trouble) if error]
         return Answer(
             outputs=outcome.outputs,
             label=outcome.label,
@@ -138,8 +144,8 @@ class Session:
             version=self.bundle.version,
             latency_s=latency_s,
             late=latency_s > self._deadline_s,
-            reason=why.reason if why else "",
-            detail=str(why) if why else "",
+            reason=whys[0].reason if whys else "",
+            detail=" ".join(str(error) for error in whys),
         )
 
     def close(self) -> None:

@@ -212,7 +212,13 @@ class TailService:
             data = wire.refusal_bytes(request_id, version, outcome, queue_s + compute_s)
         else:
             data = wire.reply_bytes(request_id, version, outcome, queue_s, compute_s)
-            if len(data) + sum(stream.unread_bytes for stream in self._streams) > self._limits.max_queue_bytes:
+            if not self._has_room(one.work.stream, len(data)):
                 crowded = Overloaded("Too many answers wait to be read; read them, or ask again later.")
                 data = wire.refusal_bytes(request_id, version, crowded, queue_s + compute_s)
         one.work.stream.end(data)
+
+    def _has_room(self, stream: _Stream, size_bytes: int) -> bool:
+        """Whether a reply may lie here until it is read; one device that reads nothing must not take all the room."""
+        if stream.unread_bytes and stream.unread_bytes + size_bytes > self._limits.max_tensor_bytes:
+            return False
+        return sum(one.unread_bytes for one in self._streams) + size_bytes <= self._limits.max_unread_bytes

@@ -17,8 +17,9 @@ from typing import Any
 
 import grpc
 
+from fedge.core import addresses
 from fedge.core.errors import AddressError, DataError, FedgeError, ModelError, OtherBundle, RefusedTensor
-from fedge.core.limits import EdgeLimits, Limits
+from fedge.core.limits import EdgeLimits
 from fedge.edge.cloud import wire
 from fedge.edge.coding.codings import Coded
 from fedge.edge.plan import link as links
@@ -29,7 +30,6 @@ from fedge.protos import edge_pb2 as pb
 from fedge.protos import edge_pb2_grpc as rpc
 
 log = logging.getLogger("fedge")
-_PINGS = Limits()  # the house's settings of keepalive
 _FIRST_DELAY_S, _MOST_DELAY_S = 0.05, 2.0  # between two tries to connect
 _SILENCE_S = 0.5  # between two pings while nothing is heard
 _INFER = "/fedge.edge.v1.Tail/Infer"
@@ -40,11 +40,7 @@ def channel_options(limits: EdgeLimits) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", wire.most_message_bytes(limits)),
         ("grpc.max_send_message_length", wire.most_message_bytes(limits)),
-        ("grpc.keepalive_time_ms", int(_PINGS.keepalive_time_s * 1000)),
-        ("grpc.keepalive_timeout_ms", int(_PINGS.keepalive_timeout_s * 1000)),
-        ("grpc.http2.ping_timeout_ms", int(_PINGS.keepalive_timeout_s * 1000)),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
+        *addresses.keepalive(),
         ("grpc.initial_reconnect_backoff_ms", int(_FIRST_DELAY_S * 1000)),
         ("grpc.min_reconnect_backoff_ms", int(_FIRST_DELAY_S * 1000)),
         ("grpc.max_reconnect_backoff_ms", 1000),  # the waiting is done here, not in the channel
@@ -72,7 +68,7 @@ class Uplink:
     """
 
     def __init__(self, address: str, version: str, limits: EdgeLimits = EdgeLimits()) -> None:
-        wire.check_address(address)
+        addresses.parse(address)
         self._version, self._limits, self._address = version, limits, address
         self._lock = threading.RLock()  # a probe that is done at once calls back at once
         self._closed = threading.Event()
@@ -197,7 +193,7 @@ class Uplink:
             asked = self._pending.pop(message.id, None)
             if asked is None:
                 return
-            self._heard(asked.size_bytes, now - asked.sent_at, wire.cloud_s(message), now)
+            self._heard(asked.size_bytes + message.ByteSize(), now - asked.sent_at, wire.cloud_s(message), now)
         try:
             result = wire.reply_from(message, self._limits)
         except FedgeError as error:

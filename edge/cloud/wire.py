@@ -24,6 +24,7 @@ from fedge.core.errors import (
 from fedge.core.limits import EdgeLimits
 from fedge.edge.bundle import OUTPUT, Bundle, Piece, Tensor
 from fedge.edge.coding.codings import Coded, check
+from fedge.edge.coding.message import to_pb
 from fedge.protos import edge_pb2 as pb
 
 PROTOCOL = 1
@@ -64,27 +65,6 @@ class Reply:
 def most_message_bytes(limits: EdgeLimits) -> int:
     """The longest message either end takes."""
     return limits.max_tensor_bytes + _SLACK_BYTES
-
-
-def check_address(address: str) -> tuple[str, int]:
-    """Host and port. Raises AddressError for what is no host:port."""
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isdecimal() and int(port) < 1 << 16):
-        raise AddressError(f"{address!r} is no address; write host:port, such as 127.0.0.1:7444.")
-    return host, int(port)
-
-
-def to_pb(coded: Coded) -> pb.Coded:
-    """One tensor, ready to travel."""
-    return pb.Coded(
-        name=coded.name,
-        dtype=coded.dtype,
-        shape=coded.shape,
-        coding=coded.coding,
-        low=coded.low,
-        high=coded.high,
-        data=coded.data,
-    )
 
 
 def from_pb(message: pb.Coded, limits: EdgeLimits) -> Coded:
@@ -143,7 +123,7 @@ def check_request(message: pb.TailRequest, bundle: Bundle, limits: EdgeLimits) -
     sizes = [_checked_bytes(coded, tensor, limits) for coded, tensor in zip(tensors, piece.inputs)]
     if sum(sizes) > limits.max_tensor_bytes:
         raise RefusedTensor(f"The tensors unpack to more than {limits.max_tensor_bytes} bytes; send less at a time.")
-    rows = _rows(tensors, piece, limits)
+    rows = batch_rows([coded.shape for coded in tensors], piece.inputs, limits)
     batches = stackable(piece)
     key = (piece.file, tuple(coded.shape[1:] for coded in tensors)) if batches else None
     held = max(sum(sizes), sum(len(coded.data) + RANGE_BYTES * len(coded.low + coded.high) for coded in tensors))
@@ -154,6 +134,18 @@ def stackable(piece: Piece) -> bool:
     """Whether requests for this piece can be stacked: axis 0 of every tensor in and out is the batch, no other free."""
     shapes = [tensor.shape for tensor in (*piece.inputs, *piece.outputs)]
     return all(shape[:1] == (BATCH,) and min(shape[1:], default=0) >= 0 for shape in shapes)
+
+
+def batch_rows(shapes: Sequence[tuple[int, ...]], tensors: Sequence[Tensor], limits: EdgeLimits) -> int:
+    """The batch extent that all `tensors` with one share, in these shapes; else 1.
+
+    Raises RefusedTensor where it is more than the cloud takes: a device asks here before it sends.
+    """
+    extents = {shape[0] for shape, tensor in zip(shapes, tensors) if tensor.shape[:1] == (BATCH,)}
+    rows = max(extents, default=1)
+    if len(extents) > 1 or rows > limits.max_batch:
+        raise RefusedTensor(f"The batch extents are {sorted(extents)}; send one extent, at most {limits.max_batch}.")
+    return rows
 
 
 def reply_bytes(request_id: int, version: str, outputs: Sequence[Coded], queue_s: float, compute_s: float) -> bytes:
@@ -205,12 +197,3 @@ def _checked_bytes(coded: Coded, tensor: Tensor, limits: EdgeLimits) -> int:
     if max(size, len(coded.data)) > limits.max_tensor_bytes:
         raise RefusedTensor(f"{tensor.name!r} is larger than {limits.max_tensor_bytes} bytes; send less at a time.")
     return size
-
-
-def _rows(tensors: Sequence[Coded], piece: Piece, limits: EdgeLimits) -> int:
-    """The batch extent that all tensors with one share; else 1. Raises RefusedTensor."""
-    extents = {coded.shape[0] for coded, tensor in zip(tensors, piece.inputs) if tensor.shape[:1] == (BATCH,)}
-    rows = max(extents, default=1)
-    if len(extents) > 1 or rows > limits.max_batch:
-        raise RefusedTensor(f"The batch extents are {sorted(extents)}; send one extent, at most {limits.max_batch}.")
-    return rows

@@ -9,23 +9,13 @@ from collections.abc import Iterable, Sequence
 from math import prod
 
 from fedge.edge.coding.codings import Coded
+from fedge.edge.coding.message import to_pb
 from fedge.protos import edge_pb2
 
 
 def message_bytes(boundary: str, tensors: Sequence[Coded], version: str = "0" * 64) -> int:
     """Bytes of the request that carries these tensors to the tail that starts at `boundary`."""
-    parts = [
-        edge_pb2.Coded(
-            name=one.name,
-            dtype=one.dtype,
-            shape=one.shape,
-            coding=one.coding,
-            low=one.low,
-            high=one.high,
-            data=one.data,
-        )
-        for one in tensors
-    ]
+    parts = [to_pb(one) for one in tensors]
     request = edge_pb2.TailRequest(id=1, version=version, boundary=boundary, tensors=parts, deadline_s=1.0)
     return int(request.ByteSize())
 

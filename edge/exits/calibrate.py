@@ -54,7 +54,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Settings of all exits in order, and their outcome on the held-out samples."""
+    """Settings of all exits in order, and their outcome: on the samples that chose them, where nothing else is said."""
 
     rule: str
     temperatures: tuple[float, ...]
@@ -152,6 +152,8 @@ def choose_thresholds(
     `wanted` is an accuracy where there are `labels` [n], else an agreement with the full model. It must hold for the
     upper bound of what is lost (see the module). From thresholds of 1 on, the exit is lowered to its next candidate
     whose step saves most work per loss, as long as there is one that keeps the goal. Arguments are as in `evaluate`.
+
+    The outcome is that of these samples, and flatters; that of others is what `evaluate` says.
 
     Raises ExperimentError where the full model itself misses the goal, or `wanted` is outside [0, 1]; DataError.
     """

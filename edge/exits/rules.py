@@ -81,14 +81,11 @@ RULES: Mapping[str, Callable[[Sequence[Logits], float], Scores]] = {
 }
 
 
-def of_entropy(nats: float, classes: int) -> float:
-    """The threshold that is BranchyNet's T: leave where the entropy is at most `nats`. Raises ExperimentError."""
-    return check_threshold(1.0 - nats / log(classes) if classes > 1 else -1.0)
-
-
-def of_patience(exits: int) -> float:
-    """The threshold at which so many exits in a row must agree. Raises ExperimentError."""
-    return check_threshold(1.0 - 1.0 / exits if exits > 0 else -1.0)
+def check_rule(rule: str) -> str:
+    """The rule itself. Raises ExperimentError where it is none."""
+    if rule not in RULES:
+        raise ExperimentError(f"There is no exit rule {rule!r}; use one of {', '.join(RULES)}.")
+    return rule
 
 
 def check_threshold(threshold: float) -> float:
@@ -103,8 +100,7 @@ def scores(rule: str, history: Sequence[Logits], temperature: float = 1.0) -> Sc
 
     Raises ExperimentError for a rule that is not there, DataError for logits that are no use.
     """
-    if rule not in RULES:
-        raise ExperimentError(f"There is no exit rule {rule!r}; use one of {', '.join(RULES)}.")
+    check_rule(rule)
     if not history:
         raise DataError("There are no logits of any exit; give those of one or more.")
     return RULES[rule](history, temperature)

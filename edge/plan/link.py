@@ -21,9 +21,10 @@ MIN_PROBE_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A link as the planner sees it: bits per second upwards, seconds for a message of no size there and back.
+    """A link as the planner sees it: bits per second, seconds for a message of no size there and back.
 
-    Raises ExperimentError for a bandwidth that is not above 0 and a round trip below 0.
+    Only what a device sends is timed, so the way down is taken to be as fast. Raises ExperimentError for a
+    bandwidth that is not above 0 and a round trip below 0.
     """
 
     bandwidth_bps: float

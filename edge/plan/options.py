@@ -27,7 +27,8 @@ class Option:
     `worst_s` what a sample takes that never leaves. `boundary` and `coding` are None where nothing is sent.
 
     `sent` is the share of samples for which the cloud is asked; `carries_input`, whether a tensor of the input is among
-    what crosses, as it also is at a cut that the input goes around. Memory and accuracy are None where unknown.
+    what crosses, as it also is at a cut that the input goes around. `bytes` go up, `reply_bytes`, the outputs of one
+    sample as they lie in memory, come down. Memory and accuracy are None where unknown.
     """
 
     pieces: tuple[tuple[str, str], ...]
@@ -44,6 +45,12 @@ class Option:
     memory_bytes: int | None = None
     accuracy: float | None = None
     carries_input: bool = False
+    reply_bytes: float = 0.0
+
+    @property
+    def link_bytes(self) -> float:
+        """Bytes that take time on the link, there and back. A device knows one bandwidth, so both ways count alike."""
+        return self.bytes + self.reply_bytes
 
     @property
     def name(self) -> str:
@@ -60,7 +67,7 @@ class Option:
         return scale.device * self.worst_s + (0.0 if self.boundary is None else self._sending_s(link, scale))
 
     def _sending_s(self, link: Link, scale: Scale) -> float:
-        network_s = link.rtt_s + 8 * self.bytes / link.bandwidth_bps
+        network_s = link.rtt_s + 8 * self.link_bytes / link.bandwidth_bps
         return scale.device * self.encode_s + network_s + scale.cloud * (self.decode_s + self.tail_s)
 
 
@@ -177,6 +184,7 @@ def _option(
         memory_bytes=None if None in memory else sum(size or 0 for size in memory),
         accuracy=None if way.sent.accuracy is None else way.sent.accuracy + gained,
         carries_input=_carries_input(bundle, way.boundary),
+        reply_bytes=raw_bytes(bundle.boundary(OUTPUT)) if sending else 0.0,
     )
 
 

@@ -64,13 +64,6 @@ def plan(options: Sequence[Option], link: Link, bounds: Bounds, scale: Scale = A
     return Plan(min(kept, key=lambda row: row.latency_s).option, rows)
 
 
-def envelope(
-    options: Sequence[Option], bounds: Bounds, bandwidths: Sequence[float], rtt_s: float
-) -> tuple[Option | None, ...]:
-    """The winner at every one of these bandwidths (bits per second); None where no option keeps the bounds."""
-    return tuple(_winner(options, Link(bandwidth_bps, rtt_s), bounds) for bandwidth_bps in bandwidths)
-
-
 def switches(
     options: Sequence[Option], bounds: Bounds, rtt_s: float, low_bps: float, high_bps: float
 ) -> tuple[tuple[float, Option | None], ...]:
@@ -80,10 +73,10 @@ def switches(
     deadline: all those places are tried.
     """
     static = [option for option in options if not _breaks_static(option, bounds)]
-    lines = [(_fixed_s(option, rtt_s), option.sent * 8 * option.bytes) for option in static]
+    lines = [(_fixed_s(option, rtt_s), option.sent * 8 * option.link_bytes) for option in static]
     places = {_crossing(*first, *second) for first, second in combinations(lines, 2)}
     if bounds.deadline_s is not None:
-        longest = ((option.longest_s(Link(math.inf, rtt_s)), 8 * option.bytes) for option in static)
+        longest = ((option.longest_s(Link(math.inf, rtt_s)), 8 * option.link_bytes) for option in static)
         places |= {_crossing(fixed, slope, bounds.deadline_s, 0.0) for fixed, slope in longest}
     edges = [low_bps, *sorted(place for place in places if low_bps < place < high_bps), high_bps]
     found: list[tuple[float, Option | None]] = []

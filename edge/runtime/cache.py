@@ -5,12 +5,14 @@
     <key>/record.json   size and SHA-256 of both
 
 The key covers the piece, the weights of its bundle, the version of onnxruntime and the processor. An entry appears as a
-whole or not at all; one that does not verify is thrown away and made again. Everything here may be deleted at any
-time. The record guards against damage, not against somebody who may write to the folder. Must never fail
-for want of a cache: without one, pieces run as they are.
+whole or not at all; one that does not verify is thrown away and made again. Beyond `max_cache_bytes` those leave that
+were not used longest: the time of a folder is that of its last use, and who runs an entry holds a lock on its folder.
+Everything here may be deleted at any time. The record guards against damage, not against somebody who may write to the
+folder. Must never fail for want of a cache: without one, pieces run as they are.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -18,6 +20,7 @@ import platform
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +28,7 @@ import msgspec
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
+from fedge.core.limits import EdgeLimits
 from fedge.edge.bundle import WEIGHTS, Bundle, Piece, digest
 
 log = logging.getLogger("fedge")
@@ -32,6 +36,8 @@ log = logging.getLogger("fedge")
 GRAPH, DATA, RECORD = "piece.onnx", "piece.data", "record.json"
 LAYOUT = "1"  # of an entry; part of its key
 SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system (FAT): a younger file may change under the same time
+YOUNG_S = 60.0  # what was used since may be about to be opened
+LEFT_S = 86400.0  # what no entry came of by then, none will: a process was killed
 
 
 # All that onnxruntime and the system raise; the former's exceptions have no base of their own.
@@ -66,9 +72,16 @@ def key(bundle: Bundle, piece: Piece) -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 
-def entry(cache: Path, name: str, make: Callable[[Path], None]) -> Path | None:
-    """The folder of a verified entry, filled by `make` where there is none; None where that is impossible."""
+def entry(
+    cache: Path, name: str, make: Callable[[Path], None], most_bytes: int = EdgeLimits().max_cache_bytes
+) -> Path | None:
+    """The folder of a verified entry, filled by `make` where there is none; None where that is impossible.
+
+    Where it is new, older ones make room; see `prune`.
+    """
     wanted = cache / name
+    with contextlib.suppress(OSError):
+        os.utime(wanted)
     try:
         if _verifies(wanted):
             return wanted
@@ -78,12 +91,64 @@ def entry(cache: Path, name: str, make: Callable[[Path], None]) -> Path | None:
         try:
             make(fresh)
             _record(fresh)
-            return _settle(fresh, wanted)
+            settled = _settle(fresh, wanted)
+            with contextlib.suppress(OSError):
+                prune(cache, most_bytes)
+            return settled
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     except FAILURES as error:  # a full disk, a folder that is read-only, a graph that cannot be saved
         log.warning("the piece is not optimised, as %s cannot be used (%s); it runs, with more memory", cache, error)
         return None
+
+
+def hold(folder: Path, user: object) -> None:
+    """Keep `prune`, in any process, from this entry until `user` is gone."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    with contextlib.suppress(OSError):  # a file system without locks: then the entry may leave, and be made again
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    weakref.finalize(user, os.close, handle)
+
+
+def prune(cache: Path, most_bytes: int) -> None:
+    """Remove entries, those not used longest first, until at most `most_bytes` are left.
+
+    What is in use stays, and what was used in the last YOUNG_S. Several processes may make, use and prune at a time.
+    """
+    now = time.time()
+    found: list[tuple[float, int, Path]] = []
+    for path in cache.iterdir():
+        with contextlib.suppress(OSError):  # another process may be at it
+            size = sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else 0
+            found.append((path.stat().st_mtime, size, path))
+    total = sum(size for _, size, _ in found)
+    for used_at, size, path in sorted(found):
+        unused_s = now - used_at
+        leaves = unused_s > LEFT_S if path.name.startswith(".") else total > most_bytes and unused_s > YOUNG_S
+        if leaves and _remove(path):
+            total -= size
+
+
+def _remove(path: Path) -> bool:
+    """Remove an entry, or what is left of one, unless it is in use. It goes as a whole: nobody finds half of one."""
+    gone = path.with_name(f".gone-{os.getpid()}-{path.name}")
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.rename(gone)
+        finally:
+            os.close(handle)
+    except OSError:
+        return False
+    if gone.is_dir():
+        shutil.rmtree(gone, ignore_errors=True)
+    else:
+        gone.unlink(missing_ok=True)
+    return True
 
 
 def _settle(fresh: Path, wanted: Path) -> Path | None:

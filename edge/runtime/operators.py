@@ -1,4 +1,4 @@
-"""What each operator of a piece takes, out of onnxruntime's own profiling, and what that predicts for other pieces.
+"""What each operator of a piece takes, out of onnxruntime's own profiling.
 
 onnxruntime fuses operators, and runs them in layouts of its own; a kernel is charged to the tensor of the model that it
 completes. A tensor that exists only inside a fused kernel costs nothing, and the last one of the kernel everything, so
@@ -51,18 +51,6 @@ def profile_operators(
         )
     names = [tensor.name for tensor in piece.outputs]
     return attribute(nodes(graph), nodes((kept / GRAPH).read_bytes()), _trace(kept, names, inputs, threads, repeats))
-
-
-def predict(operators: Sequence[tuple[str, float]], start: str | None, end: str) -> float:
-    """Seconds from the tensor `start` (None: the model's input) to the tensor `end`, both as operators' outputs.
-
-    Raises DataError where one of them is not there, or they stand the wrong way round.
-    """
-    place = {tensor: index for index, (tensor, _) in enumerate(operators)}
-    first, last = (-1 if start is None else place.get(start)), place.get(end)
-    if first is None or last is None or last < first:
-        raise DataError(f"The profile has no operators from {start!r} to {end!r}; measure the bundle that has them.")
-    return sum(seconds for _, seconds in operators[first + 1 : last + 1])
 
 
 def attribute(

@@ -145,10 +145,12 @@ def _mapped(kept: Path, chosen: Any) -> Any:
     """A session on an optimised piece, or None where onnxruntime refuses it after all."""
     chosen.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return onnxruntime.InferenceSession(str(kept / caches.GRAPH), chosen, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(kept / caches.GRAPH), chosen, providers=["CPUExecutionProvider"])
     except caches.FAILURES as error:
         caches.log.warning("the optimised piece in %s cannot be used (%s); it runs as it came", kept, _line(error))
         return None
+    caches.hold(kept, session)
+    return session
 
 
 def _check_signature(piece: Piece, session: Any) -> None:

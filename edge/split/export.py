@@ -1,11 +1,12 @@
 """From an ONNX model to a bundle: which cuts are offered, which exits they pass, and the pieces between them.
 
-Owns the choice and the naming of boundaries and pieces. The folder appears as a whole or not at all. Must never train,
+Owns the choice and the naming of boundaries and pieces. The folder appears as a whole, its pieces compared
+with the model, or not at all. Must never train,
 quantise or measure: exits come calibrated from elsewhere, codings are added to the bundle later.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -14,11 +15,12 @@ import numpy as np
 from fedge.core.errors import CannotCut, ModelError
 from fedge.core.limits import EdgeLimits
 from fedge.edge.bundle import FORMAT, INPUT, OUTPUT, Boundary, Bundle, Exit, Piece, Tensor, write
-from fedge.edge.split.extract import check_piece, extract
+from fedge.edge.split.extract import extract, plain_session
 from fedge.edge.split.graph import Cut, Graph, cut_at, open_graph
 from fedge.edge.split.graph import cuts as all_cuts
 from fedge.edge.split.image import Image
 from fedge.edge.split.order import Line, line, needed
+from fedge.edge.split.verify import verify
 from fedge.edge.split.weights import write_weights
 
 MOST_CUTS = 8  # offered where the caller names none
@@ -35,13 +37,15 @@ def export(
     primary: str | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     limits: EdgeLimits = EdgeLimits(),
+    on_checked: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
     """Cut the ONNX file `model` and write the bundle into the new or empty `folder`.
 
     `cuts` names tensors to cut at; by default those are taken that make the data smaller than any place before, at
     most eight. `exits` are names with their logits tensors, in the order of the graph. `classes` names the outputs'
     last axis. `primary` and `shapes` are as in `open_graph`. The batch stays free where the model leaves it free.
-    Raises ModelError, CannotCut.
+    Before the folder appears the pieces are compared with the model on random numbers, for 30 s at most; `on_checked`
+    is told in words what was compared. Raises ModelError, and CannotCut where no cut is possible or a piece differs.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"{str(folder)!r} is not an empty folder; name a new one.")
@@ -55,6 +59,7 @@ def export(
             made = Path(name) / "bundle"
             (made / "pieces").mkdir(parents=True)
             bundle = _write(graph, bundle, made, limits)
+            on_checked(verify(model, made, graph, bundle, image))
             if folder.exists():
                 folder.rmdir()
             made.rename(folder)
@@ -184,7 +189,7 @@ def _write(graph: Graph, bundle: Bundle, folder: Path, limits: EdgeLimits) -> Bu
         data = model.SerializeToString(deterministic=True)
         if len(data) > limits.max_model_bytes:
             raise ModelError(f"A piece has {len(data)} bytes of graph, {limits.max_model_bytes} are allowed.")
-        check_piece(data, folder)
+        plain_session(data, folder)
         (folder / piece.file).write_bytes(data)
         pieces.append(msgspec.structs.replace(piece, inputs=inputs, outputs=outputs))
     return write(folder, msgspec.structs.replace(bundle, pieces=tuple(pieces)))

@@ -44,8 +44,11 @@ def extract(
     return _model(graph, protos, taken, outputs, [weights[name] for name in weights if name in read - stop]), taken
 
 
-def check_piece(model: bytes, folder: Path) -> None:
-    """See that the runtime can load a piece whose weights lie in `folder`. Raises ModelError with what it says."""
+def plain_session(model: bytes | str, folder: Path) -> ort.InferenceSession:
+    """A piece, or the file of a model, as written: without optimisation, on one thread, weights from `folder`.
+
+    Raises ModelError with what the runtime says where it cannot load it.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4  # what is wrong is in the error
@@ -53,7 +56,7 @@ def check_piece(model: bytes, folder: Path) -> None:
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
-        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no base class but this
         raise ModelError(
             f"ONNX Runtime cannot load the model ({one_line(error)}); export it with other operators."

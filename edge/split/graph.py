@@ -20,7 +20,7 @@ from fedge.edge.split.groups import fused, roots
 from fedge.edge.split.image import Image, prepend
 from fedge.edge.split.order import Line, Node, line
 from fedge.edge.split.skeleton import captured, graphs_in, one_line, read_skeleton
-from fedge.edge.split.tidy import fix, fold_shapes, tidy
+from fedge.edge.split.tidy import fix, fold_shapes, same_batch, tidy
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def open_graph(
         raise ModelError(f"The shapes of the model contradict each other ({one_line(error)}); mend it.") from None
     values = {value.name: value for value in [*model.graph.input, *model.graph.value_info, *model.graph.output]}
     batch = _symbol(values[primary])
-    batched = frozenset(name for name, value in values.items() if batch and _symbol(value) == batch)
+    rows = same_batch(model, values, batch) if batch else ()
+    batched = frozenset(name for name, value in values.items() if _symbol(value) in rows)
     tensors = {name: tensor for name, value in values.items() if (tensor := _tensor(value, name in batched))}
     fold_shapes(model, tensors, batched, primary)
     nodes = tuple(_node(index, proto) for index, proto in enumerate(model.graph.node))
@@ -185,11 +186,20 @@ def _node(index: int, node: NodeProto) -> Node:
 
 
 def _name_batch(model: ModelProto, primary: str) -> None:
-    """Give a free first extent of the primary input a name where it has none, so that it is known again further on."""
+    """Give a free first extent of the primary input a name where it has none, so that it is known again further on.
+
+    Other names, which an exporter gave to what follows from the inputs, go: what is the batch is inferred anew.
+    """
+    batch = ""
     for value in model.graph.input:
         dims = value.type.tensor_type.shape.dim
-        if value.name == primary and dims and not dims[0].WhichOneof("value"):
-            dims[0].dim_param = "primary batch"
+        if value.name == primary and dims:
+            if not dims[0].WhichOneof("value"):
+                dims[0].dim_param = "primary batch"
+            batch = dims[0].dim_param
+    for value in [*model.graph.value_info, *model.graph.output]:
+        if _symbol(value) not in ("", batch):
+            value.type.tensor_type.shape.dim[0].ClearField("dim_param")
 
 
 def _symbol(value: ValueInfoProto) -> str:

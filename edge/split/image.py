@@ -10,9 +10,11 @@ import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from fedge.core.errors import ModelError
+from fedge.core.params import Array
 from fedge.edge.split.tidy import refill
 
 _LAYOUTS = {"NCHW": (3, 1, 1), "NHWC": (3,)}  # the shape in which a mean per channel is subtracted
+_ORDERS = {"NCHW": (0, 3, 1, 2), "NHWC": (0, 1, 2, 3)}
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,10 @@ def prepend(model: ModelProto, primary: str, image: Image) -> str:
     used = {name for node in graph.node for name in [*node.input, *node.output]} | {value.name for value in graph.input}
     names = [_free(f"image{suffix}", used) for suffix in ("", "_ordered", "_float", "_factor", "_offset", "_scaled")]
     picture, ordered, floating, factor, offset, scaled = names
-    per_channel = _LAYOUTS[image.layout]
-    std = np.asarray(image.std, np.float64)
-    graph.initializer.extend(
-        [
-            numpy_helper.from_array((image.scale / std).astype(np.float32).reshape(per_channel), factor),
-            numpy_helper.from_array((np.asarray(image.mean) / std).astype(np.float32).reshape(per_channel), offset),
-        ]
-    )
-    order = (0, 3, 1, 2) if image.layout == "NCHW" else (0, 1, 2, 3)
+    constants = zip(_constants(image), (factor, offset))
+    graph.initializer.extend(numpy_helper.from_array(constant, name) for constant, name in constants)
     nodes = [
-        helper.make_node("Transpose", [picture], [ordered], perm=order),
+        helper.make_node("Transpose", [picture], [ordered], perm=_ORDERS[image.layout]),
         helper.make_node("Cast", [ordered], [floating], to=TensorProto.FLOAT),
         helper.make_node("Mul", [floating, factor], [scaled]),
         helper.make_node("Sub", [scaled, offset], [primary]),
@@ -61,6 +56,20 @@ def prepend(model: ModelProto, primary: str, image: Image) -> str:
     shape = [batch.dim_param or batch.dim_value or None, image.height, image.width, 3]
     value.CopyFrom(helper.make_tensor_value_info(picture, TensorProto.UINT8, shape))
     return picture
+
+
+def scaled(pictures: Array, image: Image) -> Array:
+    """What the prepended operators make of uint8 pictures [n, height, width, 3], to the bit: the model's own input."""
+    factor, offset = _constants(image)
+    made: Array = pictures.transpose(_ORDERS[image.layout]).astype(np.float32) * factor - offset
+    return made
+
+
+def _constants(image: Image) -> tuple[Array, Array]:
+    """What pixels are multiplied by, and what is then subtracted."""
+    std, per_channel = np.asarray(image.std, np.float64), _LAYOUTS[image.layout]
+    factor, offset = image.scale / std, np.asarray(image.mean) / std
+    return factor.astype(np.float32).reshape(per_channel), offset.astype(np.float32).reshape(per_channel)
 
 
 def _check(value: ValueInfoProto, image: Image) -> None:

@@ -4,10 +4,11 @@ Owns what is changed in a model before its analysis; what it computes stays the 
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from fedge.core.errors import ModelError
 from fedge.edge.bundle import Tensor
@@ -54,6 +55,36 @@ def fix(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> None:
         del model.graph.value_info[:]
         for value in model.graph.output:
             value.type.tensor_type.ClearField("shape")
+
+
+def same_batch(model: ModelProto, values: Mapping[str, ValueInfoProto], batch: str) -> set[str]:
+    """All names that shape inference has given to the extent `batch`, itself among them.
+
+    It gives a new one at a Reshape to [-1, n, ...]. Where a row held n * ... values before, too, rows stay rows.
+    """
+    names = {batch}
+    targets = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT64}
+    for node in model.graph.node:
+        if node.op_type == "Reshape" and node.input[1] in targets:
+            before, after = (_extents(values.get(name)) for name in (node.input[0], node.output[0]))
+            if before and after and before[0] in names and _keeps_rows(before[1:], targets[node.input[1]]):
+                names.add(str(after[0]) or batch)
+    return names
+
+
+def _extents(value: ValueInfoProto | None) -> list[int | str]:
+    """The extents of a tensor, by name where they are free; none where the rank is unknown."""
+    dims = value.type.tensor_type.shape.dim if value is not None else ()
+    return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in dims]
+
+
+def _keeps_rows(row: Sequence[int | str], target: TensorProto) -> bool:
+    """Whether a Reshape to `target` gives as many rows of as many values."""
+    if target.data_location == TensorProto.EXTERNAL or len(target.dims) != 1 or not target.dims[0]:
+        return False
+    first, *rest = numpy_helper.to_array(target).tolist()
+    sizes = [extent for extent in row if isinstance(extent, int)]
+    return first == -1 and min(rest, default=1) > 0 and len(sizes) == len(row) and prod(sizes) == prod(rest)
 
 
 def fold_shapes(model: ModelProto, tensors: Mapping[str, Tensor], batched: Collection[str], primary: str) -> None:

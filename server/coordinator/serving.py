@@ -6,7 +6,6 @@ Owns the gRPC server's settings, the address, and an orderly end (SIGTERM drains
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import grpc
 
+from fedge.core.addresses import check_listen, keepalive_server
 from fedge.core.errors import AddressError
 from fedge.core.limits import Limits
 from fedge.core.params import Vector
@@ -40,29 +40,8 @@ def options(limits: Limits) -> list[tuple[str, int]]:
         # gRPC's own estimate of a good window would let every upload fill some 10 MiB before anyone reads them.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
-        ("grpc.keepalive_time_ms", int(limits.keepalive_time_s * 1000)),
-        ("grpc.keepalive_timeout_ms", int(limits.keepalive_timeout_s * 1000)),
-        ("grpc.http2.ping_timeout_ms", int(limits.keepalive_timeout_s * 1000)),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(limits.min_ping_interval_s * 1000)),
+        *keepalive_server(limits),
     ]
-
-
-def check_address(listen: str, allow_remote: bool) -> None:
-    """Raises AddressError for what is no host:port, and for one that others can reach unless that is allowed."""
-    host, colon, port = listen.rpartition(":")
-    if not (colon and host and port.isdecimal() and int(port) < 1 << 16):
-        raise AddressError(f"{listen!r} is no address; write host:port, such as 127.0.0.1:7443.")
-    if allow_remote or host == "localhost":
-        return
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(host.strip("[]")).is_loopback:
-            return
-    raise AddressError(
-        f"{listen} can be reached by other machines, and there is no TLS yet; "
-        "listen on 127.0.0.1, or pass --insecure-remote on a network you trust."
-    )
 
 
 def check_free(listen: str) -> None:
@@ -131,7 +110,7 @@ async def serve(
     every line of the record, from line `recorded` on; `evaluate` measures new versions in a thread. `keep_all` keeps
     the whole journal. Raises AddressError, JournalError, ExperimentError and StrategyError.
     """
-    check_address(listen, allow_remote)
+    check_listen(listen, allow_remote)
     plan = replace(federation, limits=limits) if limits else federation
     watchers = Watchers(on_record, evaluate, recorded)
     coordinator = Coordinator(plan, initial, state_dir, watchers, experiment_text, keep_all)
