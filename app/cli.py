@@ -22,6 +22,7 @@ from typer.core import TyperArgument
 
 from fedge.core.errors import ExperimentError, FedgeError
 from fedge.edge_cli import edge
+from fedge.llm_cli import llm
 from fedge.printing import Json, Quiet, note, say, table
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ app = typer.Typer(
 robust = typer.Typer(name="robust", help="Aggregation among hostile clients.")
 app.add_typer(robust)
 app.add_typer(edge)
+app.add_typer(llm)
 
 INTERRUPTED = 130
 USAGE = 2

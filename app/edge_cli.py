@@ -17,7 +17,7 @@ from fedge.printing import Json, note, say, table
 
 if TYPE_CHECKING:
     from fedge.edge.bundle import Bundle, Exit
-    from fedge.edge.cloud.session import Answer
+    from fedge.edge.cloud.session import Answer, Session
     from fedge.edge.plan.planner import Plan
 
 edge = typer.Typer(name="edge", help="Split and early-exit inference between a device and a cloud.")
@@ -65,7 +65,7 @@ def export(
     exits = [edge_inputs.pair(one) for one in exit]
     size = edge_inputs.image(image, mean, std)
     held_out = edge_inputs.samples(data) if data else None
-    edge_inputs.share(lose)
+    edge_inputs.share("--lose", lose)
     edge_inputs.rule(rule, held_out is not None)
     checked: list[str] = []
     with tempfile.TemporaryDirectory() as work:
@@ -78,6 +78,8 @@ def export(
         shutil.rmtree(folder)  # it was new: the same command, mended, must find room
         raise
     _show_bundle(made, folder, json, checked[0], 0 if held_out is None else len(held_out[0]))
+    if len(made.boundaries) == 2:
+        note("no place to cut was found: nowhere do fewer bytes cross, or outputs lie before; --cut TENSOR tells which")
 
 
 @edge.command()
@@ -137,8 +139,8 @@ def plan(
 
     edge_inputs.needs("onnxruntime", "edge")
     joules, per_byte = edge_inputs.numbers(energy, 2) if energy else (None, 0.0)
-    size = edge_inputs.whole_bytes(memory)
-    bounds = Bounds(deadline, size, joules, per_byte or 0.0, accuracy, keep_input)
+    size, least = edge_inputs.whole_bytes(memory), edge_inputs.share("--accuracy", accuracy)
+    bounds = Bounds(deadline, size, joules, per_byte or 0.0, least, keep_input)
     link = Link(bandwidth * 1e6, rtt / 1e3)
     found = edge_plan.of(model, device, cloud, slower, link, bounds)
     if figure:
@@ -204,12 +206,13 @@ def infer(
     from fedge.edge.plan.planner import Bounds
 
     known = profiles.load(profile) if profile else None
-    bounds = Bounds(memory_bytes=edge_inputs.whole_bytes(memory), accuracy=accuracy, keep_input=keep_input)
+    size, least = edge_inputs.whole_bytes(memory), edge_inputs.share("--accuracy", accuracy)
+    bounds = Bounds(memory_bytes=size, accuracy=least, keep_input=keep_input)
     answers: list[dict[str, Any]] = []
     with Session(bundle, cloud, deadline_s=deadline, bounds=bounds, profile=known, threads=threads) as session:
         samples = [one for path in inputs for one in edge_inputs.read(path, session.bundle)]
         if cloud and not session.wait_for_cloud(max(deadline, GREETING_S)):
-            note(f"no answer from {cloud} yet ({session.trouble or 'ADDRESS'}); the device begins by itself")
+            note(_unasked(cloud, session))
         for name, array in samples:
             answers.append(_told(name, session.infer(array), session.bundle))
             if not json:
@@ -319,6 +322,17 @@ def _names_class(answer: "Answer", bundle: "Bundle") -> bool:
     if output is None or output.ndim != 2 or output.shape[0] != 1 or output.shape[1] < 2:
         return False
     return not answer.label.startswith("exit:") or output.shape[1] == final.shape[-1]
+
+
+def _unasked(cloud: str, session: "Session") -> str:
+    """Why the device begins by itself: nobody is there, or what must be mended before the cloud is asked."""
+    reason = session.trouble or "ADDRESS"
+    if reason == "ADDRESS":
+        return f"no answer from {cloud} yet (ADDRESS); the device begins by itself"
+    warned = reason == "BAD_EXPERIMENT"  # the log has the sentence already
+    return f"{cloud} is not asked ({reason}); the device begins by itself" + (
+        "" if warned else f". {session.trouble_detail}"
+    )
 
 
 def _line(told: dict[str, Any]) -> str:

@@ -13,11 +13,12 @@ import numpy as np
 
 from fedge.client.data.archives import read_npz
 from fedge.core import registry
-from fedge.core.errors import DataError, ExperimentError, ModelError
+from fedge.core.errors import DataError, ExperimentError, ModelError, RefusedTensor
 from fedge.core.limits import EdgeLimits
 from fedge.core.params import Array
 from fedge.edge.bundle import INPUT, Bundle, Tensor
 from fedge.edge.exits.rules import check_rule
+from fedge.edge.runtime.tensors import check
 
 if TYPE_CHECKING:
     from fedge.edge.split.image import Image
@@ -139,10 +140,10 @@ def rule(named: str, calibrated: bool) -> str:
     return named
 
 
-def share(figure: float) -> float:
+def share(option: str, figure: float | None) -> float | None:
     """Raises ExperimentError outside [0, 1]."""
-    if not 0 <= figure <= 1:
-        raise ExperimentError(f"--lose {figure}: give a share from 0 to 1.")
+    if figure is not None and not 0 <= figure <= 1:
+        raise ExperimentError(f"{option} {figure}: give a share from 0 to 1.")
     return figure
 
 
@@ -162,13 +163,14 @@ def read(path: Path, bundle: Bundle) -> Iterator[tuple[str, Array]]:
     """Name and array of every input in a file: the rows of an .npy, or a picture in the size that the model takes.
 
     Rows are single inputs where the batch is free; else the file is one input. Raises DataError where the file is
-    neither, or the model takes no pictures.
+    neither, or the model takes no pictures, and RefusedTensor where the array does not fit.
     """
     (tensor, *_) = bundle.boundary(INPUT).tensors
     if path.suffix != ".npy":
         yield str(path), _picture(path, tensor)
         return
     array = _array(path)
+    _fits(path, array, tensor)
     if array.ndim != len(tensor.shape) or tensor.shape[:1] != (-1,) or len(array) == 1:
         yield str(path), array
         return
@@ -188,6 +190,13 @@ def samples(path: Path) -> tuple[Array, Array | None]:
     if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
         raise DataError(f"{str(path)!r}: y is {labels.dtype} {list(labels.shape)}; give one whole number per sample.")
     return found["x"], labels
+
+
+def _fits(path: Path, array: Array, tensor: Tensor) -> None:
+    try:
+        check((tensor,), {tensor.name: array})
+    except RefusedTensor as error:
+        raise RefusedTensor(f"{str(path)!r}: {error}") from None
 
 
 def _array(path: Path) -> Array:

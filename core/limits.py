@@ -124,9 +124,22 @@ class LlmLimits:
     max_store_bytes: int = 256 << 30  # of shards in one folder
 
     # The HTTP server.
-    max_body_bytes: int = 4 << 20
+    max_body_bytes: int = 1 << 20  # of one request; all connections together may hold so many each
     max_choices: int = 16  # answers of one HTTP request, over all its prompts
     max_connections: int = 512
     http_timeout_s: float = 30.0  # for a head or a body to arrive, and for a client that reads nothing of its answer
     max_idle_s: float = 60.0  # of a connection between two requests
     shutdown_s: float = 5.0  # answers that are under way may take so long when the server ends
+
+    # A cloud that continues what devices begin.
+    max_devices: int = 256  # streams at a time; each takes two threads
+    max_ask_bytes: int = 4 << 20  # one message of a device
+    max_asks: int = 32  # of one device that wait; of all: max_requests
+    max_guesses: int = 16  # to be verified in one pass
+    max_deadline_s: float = 60.0
+    max_sessions: int = 4096
+    max_session_bytes: int = 1 << 30  # states, and keys and values of all positions that are known
+    max_context_bytes: int = 8 << 30  # of all sessions
+    session_idle_s: float = 600.0  # a session that says nothing for so long is forgotten
+    max_untold: int = 256  # replies that wait for a device to read them
+    unread_s: float = 30.0  # a device that reads no reply for so long is cut off

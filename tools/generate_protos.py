@@ -8,7 +8,7 @@ from pathlib import Path
 from grpc_tools import protoc
 
 PROTOS = Path(__file__).resolve().parents[1] / "protos"
-SCHEMAS = ("fedge", "edge")
+SCHEMAS = ("fedge", "edge", "llm")
 NAMES = [f"{schema}_pb2{ending}" for schema in SCHEMAS for ending in (".py", ".pyi", "_grpc.py")]
 
 

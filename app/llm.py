@@ -1,0 +1,140 @@
+"""A language model on this machine and others, ready to be asked: `fedge.llm.Engine`.
+
+Owns how folder, group of ranks, tokenizer and engine are put together. Must never compute.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from fedge.core.errors import ExperimentError
+from fedge.core.limits import LlmLimits
+from fedge.edge.llm import engine as engines
+from fedge.edge.llm.folder import Folder, open_folder
+from fedge.edge.llm.group.division import everyone, planned
+from fedge.edge.llm.group.group import Group
+from fedge.edge.llm.group.local import local
+from fedge.edge.llm.handle import Handle
+from fedge.edge.llm.model import Model
+from fedge.edge.llm.quant import Kind
+from fedge.edge.llm.requests import Request
+from fedge.edge.llm.sampler import Sampling
+from fedge.edge.llm.security import Ticket
+from fedge.edge.llm.template import Messages
+from fedge.edge.llm.tokenizer import Tokenizer
+
+__all__ = ["Engine", "Request", "Sampling", "default_store"]
+
+FORM_S = 600.0  # for devices to come, fetch their shards and connect
+MOST_CONTEXT = 4096  # unless told else: keys and values are memory
+
+
+def default_store() -> Path:
+    """Where shards lie unless told else; by the XDG base directory specification."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(named) if Path(named).is_absolute() else Path("~/.cache").expanduser()
+    return base / "fedge" / "llm"
+
+
+class Engine:
+    """Answers prompts with the model in `folder` (Hugging Face's format), by ranks that share every layer.
+
+    `ranks` processes on this machine, or `devices` others that come by `fedge llm join` to `listen`, which needs a
+    `ticket` and its `key` off loopback; the planner takes as many as are best, `use_all` every one. `kind` is how
+    weights are held: float32, int8 or int4. `memory_bytes` are for each rank here (None: what is free, shared); what of
+    the weights does not fit is read from the disk at every token.
+    `slots` requests run at a time, of `context` tokens each (None: the model's, at most 4096). A rank that dies is
+    replaced by the others, and answers under way go on. Raises ModelError, ExperimentError, AddressError.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        ranks: int = 1,
+        kind: Kind = "int8",
+        memory_bytes: int | None = None,
+        slots: int = 4,
+        context: int | None = None,
+        store: Path | None = None,
+        devices: int = 0,
+        listen: str = "127.0.0.1:0",
+        ticket: Ticket | None = None,
+        key: str = "",
+        kernel: str | None = None,
+        use_all: bool = False,
+        limits: LlmLimits = LlmLimits(),
+    ) -> None:
+        if devices and ranks > 1:
+            raise ExperimentError("Ranks here and devices elsewhere cannot be mixed; let the ranks here join, too.")
+        self._opened = contextlib.ExitStack()
+        try:
+            self.folder: Folder = self._opened.enter_context(open_folder(Path(folder), limits))
+            self.tokenizer = Tokenizer(Path(folder), limits)
+            self.context = min(context or MOST_CONTEXT, self.folder.config.context)
+            settings: dict[str, Any] = {
+                "kind": kind,
+                "store": store or default_store(),
+                "memory_bytes": memory_bytes,
+                "slots": slots,
+                "context": self.context,
+                "kernel": kernel,
+                "divide": everyone if use_all else planned,
+                "limits": limits,
+            }
+            self.group: Group = self._opened.enter_context(
+                Group(self.folder, listen=listen, ticket=ticket, key=key, wanted=devices, **settings)
+                if devices
+                else local(self.folder, ranks, **settings)
+            )
+            self.engine = engines.Engine(
+                self.group.form(FORM_S),
+                self.tokenizer,
+                vocab=self.folder.config.vocab,
+                slots=slots,
+                context=self.context,
+                limits=limits,
+                recover=self.group.recover,
+                between=self._between,
+            )
+            self._opened.callback(self.engine.close)
+        except BaseException:
+            self._opened.close()
+            raise
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        sampling: Sampling = Sampling(temperature=0.0),
+        stop: Iterable[str] = (),
+    ) -> Handle:
+        """What follows `prompt`, piece by piece; greedy unless told else. Raises DataError, Overloaded."""
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self.engine.submit(Request(tuple(tokens), max_tokens, sampling, tuple(stop)))
+
+    def chat(self, messages: Messages, *, max_tokens: int | None = None, sampling: Sampling = Sampling()) -> Handle:
+        """The answer to a conversation, piece by piece. Raises DataError, ModelError (no template), Overloaded."""
+        tokens = self.tokenizer.encode(self.tokenizer.chat(messages), special=False)
+        return self.engine.submit(Request(tuple(tokens), max_tokens, sampling))
+
+    def stats(self) -> dict[str, float]:
+        """The engine's figures."""
+        return self.engine.stats()
+
+    def close(self) -> None:
+        """End requests, ranks and processes."""
+        self._opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _between(self) -> Model | None:
+        """Take in devices that have come, where that is worth it."""
+        return self.group.form(FORM_S) if self.group.better() else None

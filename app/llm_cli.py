@@ -1,0 +1,264 @@
+"""The commands of `fedge llm`: plan, cut, serve, join, chat and measure a language model across devices.
+
+Owns arguments and what is printed. Must never hold logic.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedge.printing import Json, note, say, table
+
+if TYPE_CHECKING:
+    from fedge.edge.llm.planner import Plan
+
+llm = typer.Typer(name="llm", help="A language model across small devices.")
+
+ModelFolder = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A folder in Hugging Face's format.", show_default=False)
+]
+KindName = Annotated[str, typer.Option("--kind", help="How weights are held: float32, int8 or int4.")]
+Memory = Annotated[float | None, typer.Option(help="Megabytes for weights, keys and values of a rank; else most free.")]
+Context = Annotated[int | None, typer.Option(min=1, help="Tokens of a request, prompt and answer; else the model's.")]
+Slots = Annotated[int, typer.Option(min=1, help="Requests that run at a time.")]
+Store = Annotated[Path | None, typer.Option(help="The folder for shards; else in the user's cache.")]
+Ranks = Annotated[int, typer.Option(min=1, help="Processes on this machine.")]
+TicketFile = Annotated[Path | None, typer.Option("--ticket", help="The ticket of the head; needed off loopback.")]
+Kernel = Annotated[str | None, typer.Option(help="How matrices are multiplied; else the fastest here.")]
+MEGABYTE = 1 << 20
+API_KEY = "FEDGE_API_KEY"
+
+
+@llm.callback(invoke_without_command=True)
+def _llm(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@llm.command()
+def plan(
+    model: ModelFolder,
+    kind: KindName = "int8",
+    devices: Annotated[
+        Path | None, typer.Option(help="A JSON list of devices, as bench prints them; else this machine.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="So many devices like this machine.")] = 1,
+    memory: Memory = None,
+    bandwidth: Annotated[float, typer.Option(help="Mbit/s between devices.")] = 1000.0,
+    rtt: Annotated[float, typer.Option(help="Milliseconds of a round trip between devices.")] = 0.2,
+    context: Context = None,
+    slots: Slots = 1,
+    json: Json = False,
+) -> None:
+    """Predict the time of a token for every number of devices, and say which share each would hold."""
+    from fedge import llm_inputs
+    from fedge.edge.llm import config as configs
+    from fedge.edge.llm import planner
+
+    config = configs.read(model)
+    group = llm_inputs.devices(devices, ranks, llm_inputs.kind(kind), _bytes(memory))
+    tokens = slots * min(context or config.context, config.context)
+    found = planner.plan(config, llm_inputs.kind(kind), group, llm_inputs.link(bandwidth, rtt), kv_tokens=tokens)
+    if json:
+        say(llm_inputs.plan_as_json(found), json, "")
+        return
+    _show_plan(found)
+
+
+@llm.command()
+def export(
+    model: ModelFolder,
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where the shards go.", show_default=False)],
+    kind: KindName = "int8",
+    ranks: Annotated[int, typer.Option(min=1, help="Among so many ranks.")] = 1,
+    speeds: Annotated[str, typer.Option(help="Their speeds in any unit, such as 3,1; else equal.")] = "",
+    json: Json = False,
+) -> None:
+    """Quantise a model and cut one file for every rank. `serve` does so by itself; this is to look, or to copy."""
+    from fedge import llm_inputs
+    from fedge.edge.llm import export as exports
+    from fedge.edge.llm.folder import open_folder
+    from fedge.edge.llm.shares import balanced
+
+    chosen = llm_inputs.kind(kind)
+    with open_folder(model) as opened:
+        shares = balanced(opened.config, llm_inputs.numbers(speeds) or [1.0] * ranks)
+        paths = exports.export(opened, folder, shares, chosen, progress=llm_inputs.progress("exporting"))
+    rows = [
+        (path.name, _range(share.kv_heads), _range(share.ffn), f"{path.stat().st_size / MEGABYTE:.1f}")
+        for path, share in zip(paths, shares)
+    ]
+    if json:
+        say({"shards": [dict(zip(("file", "kv_heads", "ffn", "mb"), row)) for row in rows]}, json, "")
+        return
+    table(("shard", "KV heads", "FFN columns", "MB"), rows)
+
+
+@llm.command()
+def bench(
+    model: Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="Also run this one.")] = None,
+    kind: KindName = "int8",
+    ranks: Ranks = 1,
+    memory: Memory = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 64,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the answer.")] = 32,
+    store: Store = None,
+    json: Json = False,
+) -> None:
+    """Measure this machine, as a line for the list of devices of `plan`; with a model, its tokens per second here."""
+    from fedge import llm_inputs, llm_runs
+
+    found: dict[str, Any] = {"device": llm_inputs.this_device(store)}
+    if model is not None:
+        found["run"] = llm_runs.bench(model, llm_inputs.kind(kind), ranks, _bytes(memory), prompt, tokens, store)
+    if json:
+        say(found, json, "")
+        return
+    device = found["device"]
+    rows = [(kind, f"{rate / 1e9:.2f}") for kind, rate in device["weights_per_s"].items()]
+    table(("kind", "billion weights/s"), [*rows, ("disk, GB/s", f"{device['disk_bytes_per_s'] / 1e9:.2f}")])
+    if "run" in found:
+        table(("figure", "value"), [(name, f"{value:.4g}") for name, value in found["run"].items()])
+
+
+@llm.command()
+def serve(
+    model: ModelFolder,
+    kind: KindName = "int8",
+    listen: Annotated[str, typer.Option(help="host:port of the HTTP API.")] = "127.0.0.1:8000",
+    ranks: Ranks = 1,
+    devices: Annotated[int, typer.Option(min=0, help="Wait for so many others, which come by `fedge llm join`.")] = 0,
+    control: Annotated[str, typer.Option(help="host:port where they join.")] = "127.0.0.1:7450",
+    ticket: Annotated[
+        Path | None, typer.Option(help="A folder for their ticket and its key; needed off loopback.")
+    ] = None,
+    memory: Memory = None,
+    context: Context = None,
+    slots: Slots = 4,
+    use_all: Annotated[bool, typer.Option("--all", help="Use every rank, be it slower.")] = False,
+    name: Annotated[str, typer.Option(help="What the API calls the model; else its folder's name.")] = "",
+    store: Store = None,
+    kernel: Kernel = None,
+) -> None:
+    """Serve a model by OpenAI's HTTP API. The key that it asks for is in the environment, FEDGE_API_KEY."""
+    from fedge import llm_inputs, llm_runs
+    from fedge.llm import Engine
+
+    secure, key = llm_inputs.make_ticket(ticket)
+    engine = Engine(
+        model,
+        ranks=ranks,
+        kind=llm_inputs.kind(kind),
+        memory_bytes=_bytes(memory),
+        slots=slots,
+        context=context,
+        store=store,
+        devices=devices,
+        listen=control if devices else "127.0.0.1:0",
+        ticket=secure,
+        key=key,
+        kernel=kernel,
+        use_all=use_all,
+    )
+    with engine:
+        note(f"ranks: {', '.join(engine.group.names)}; context {engine.context}; {kind}")
+        llm_runs.serve(engine, listen, name or model.resolve().name, os.environ.get(API_KEY) or None, note)
+
+
+@llm.command()
+def join(
+    head: Annotated[str, typer.Argument(help="host:port, --control of the head.", show_default=False)],
+    ticket: TicketFile = None,
+    name: Annotated[str, typer.Option(help="This device's name; else the machine's.")] = "",
+    memory: Memory = None,
+    store: Store = None,
+    kernel: Kernel = None,
+) -> None:
+    """Work as a rank for the head of a model, until stopped."""
+    from fedge import llm_inputs
+    from fedge.edge.llm.group import device
+    from fedge.edge.llm.group.blocks import spare_bytes
+    from fedge.llm import default_store
+
+    called = name or platform.node() or "device"
+    device.run(
+        head,
+        name=called,
+        memory_bytes=_bytes(memory) or spare_bytes(),
+        store=(store or default_store()) / called,
+        ticket=llm_inputs.read_ticket(ticket),
+        kernel=kernel,
+        on_state=note,
+    )
+
+
+@llm.command()
+def chat(
+    server: Annotated[str, typer.Argument(help="Address of a server with OpenAI's API.")] = "http://127.0.0.1:8000",
+    ask: Annotated[str, typer.Option(help="One question; then the end.")] = "",
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: always the likeliest token.")] = None,
+    figures: Annotated[bool, typer.Option("--figures", help="Times behind each answer.")] = False,
+    json: Json = False,
+) -> None:
+    """Talk to a model in the terminal. The API key is in the environment, FEDGE_API_KEY."""
+    from fedge import llm_inputs
+    from fedge.edge.llm import chat as chats
+
+    client = chats.Client(server, api_key=os.environ.get(API_KEY) or None)
+    settings = {"max_tokens": max_tokens, "temperature": temperature}
+    chosen = {key: value for key, value in settings.items() if value is not None}
+    if not ask and json:
+        raise llm_inputs.refused("--json goes with --ask; give a question.")
+    if not ask:
+        chats.chat(client, sys.stdin, sys.stdout, figures=figures, **chosen)
+        return
+    answer = chats.ask(client, ask, **chosen)
+    say(answer, json, chats.plain(answer["answer"]))
+
+
+def _bytes(megabytes: float | None) -> int | None:
+    return None if megabytes is None else int(megabytes * MEGABYTE)
+
+
+def _range(ends: tuple[int, int]) -> str:
+    return f"{ends[0]}-{ends[1] - 1}" if ends[1] > ends[0] else "none"
+
+
+def _show_plan(found: "Plan") -> None:
+    rows = []
+    for option in found.options:
+        streamed = sum(rank.streamed_bytes for rank in option.ranks)
+        rows.append(
+            (
+                str(len(option.ranks)),
+                f"{1e3 * option.token_s:.1f}",
+                f"{1e3 * option.exchange_s:.1f}",
+                option.collective if len(option.ranks) > 1 else "none",
+                f"{max(rank.bytes - rank.streamed_bytes for rank in option.ranks) / MEGABYTE:.0f}",
+                f"{streamed / MEGABYTE:.0f}",
+                "yes" if all(rank.steady for rank in option.ranks) else "no",
+                "chosen" if option is found.choice else "",
+            )
+        )
+    heads = ("ranks", "ms/token", "exchange ms", "exchange", "MB held", "MB read/token", "disk keeps up", "")
+    table(heads, rows)
+    ranks = [
+        (
+            rank.device.name,
+            _range(rank.share.kv_heads),
+            _range(rank.share.ffn),
+            f"{rank.bytes / MEGABYTE:.0f}",
+            f"{rank.streamed_bytes / MEGABYTE:.0f}",
+            f"{1e3 * rank.compute_s:.1f}",
+            f"{1e3 * rank.stream_s:.1f}",
+        )
+        for rank in found.choice.ranks
+    ]
+    table(("device", "KV heads", "FFN columns", "MB", "MB read/token", "compute ms", "disk ms"), ranks)
+    if len(found.choice.ranks) < len(found.options):
+        typer.echo(f"{len(found.choice.ranks)} of {len(found.options)} devices are best: use fewer.")

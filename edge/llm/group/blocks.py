@@ -1,0 +1,41 @@
+"""From a shard's file to weights that multiply: which kernel, all of it resident or through a window.
+
+Owns that choice, which is measured once per process. Must never know of other ranks.
+"""
+
+from functools import cache
+
+from fedge.core.limits import LlmLimits
+from fedge.edge.llm import kernels
+from fedge.edge.llm.cgroup import room_bytes
+from fedge.edge.llm.kernels import Kernel
+from fedge.edge.llm.quant import Kind
+from fedge.edge.llm.resident import Resident
+from fedge.edge.llm.shard import Shard
+from fedge.edge.llm.window import Window
+
+_PART_OF_FREE = 0.8
+_UNLIMITED = 1 << 50
+
+
+def open_blocks(shard: Shard, memory_bytes: int, limits: LlmLimits, kernel: str | None = None) -> Resident | Window:
+    """The shard's weights within `memory_bytes`; 0 means all of them in memory.
+
+    `kernel` names one of kernels.KERNELS; None measures. Raises ModelError where the memory is too small, and
+    ExperimentError for a kernel that is not there.
+    """
+    streamed = 0 < memory_bytes < sum(block.bytes for block in shard.blocks)
+    config = shard.config
+    shape = (max(2 * config.ffn // shard.ranks, 1), config.hidden)
+    chosen = kernels.named(kernel, shard.kind) if kernel else _fastest(shard.kind, streamed, shape, limits.kernel_s)
+    return Window(shard, chosen, memory_bytes, limits=limits) if streamed else Resident(shard, chosen)
+
+
+def spare_bytes() -> int:
+    """Of memory, what a device may be asked for where its user names no number."""
+    return int(min(_PART_OF_FREE * room_bytes(), _UNLIMITED))
+
+
+@cache
+def _fastest(kind: Kind, streamed: bool, shape: tuple[int, int], seconds: float) -> Kernel:
+    return kernels.choose(kind, streamed=streamed, shape=shape, seconds=seconds)

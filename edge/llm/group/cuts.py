@@ -1,0 +1,104 @@
+"""The shards that the head has cut: one folder per model, kind and division, cut once and kept for the next time.
+
+Owns the head's folder of shards and its size. Must never decide on a division.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from fedge.core.errors import ModelError
+from fedge.core.limits import LlmLimits
+from fedge.edge.llm.folder import Folder
+from fedge.edge.llm.layout import bytes_of
+from fedge.edge.llm.quant import Kind
+from fedge.edge.llm.shard import digest, export
+from fedge.edge.llm.shares import Share
+
+INDEX = "cut.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One rank's shard as a file."""
+
+    path: Path
+    digest: str
+    bytes: int
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    file: str
+    digest: str
+    bytes: int
+
+
+class Cuts:
+    """Below `root`. `find` gives the files that were cut here or found, by digest."""
+
+    def __init__(self, folder: Folder, kind: Kind, root: Path, limits: LlmLimits) -> None:
+        self._folder, self._kind, self._root, self._limits = folder, kind, root, limits
+        self._known: dict[str, Path] = {}
+
+    def find(self, digest: str) -> Path | None:
+        """The file of this digest, or None."""
+        return self._known.get(digest)
+
+    def make(self, shares: Sequence[Share]) -> list[Cut]:
+        """The shards of all ranks, cut if they are not there yet. Raises ModelError where there is no room."""
+        fact = msgspec.json.encode([self._folder.digest, self._kind, *shares])
+        home = self._root / f"cut-{hashlib.sha256(fact).hexdigest()[:32]}"
+        cuts = _read(home)
+        if len(cuts) != len(shares):
+            need = sum(bytes_of(self._folder.config, share, self._kind, rank == 0) for rank, share in enumerate(shares))
+            self._prune(home, need)
+            cuts = [
+                Cut(path, digest(path), path.stat().st_size) for path in export(self._folder, home, shares, self._kind)
+            ]
+            _write(home, cuts)
+        _touch(home)
+        self._known = {one.digest: one.path for one in cuts} | self._known
+        return cuts
+
+    def _prune(self, home: Path, need: int) -> None:
+        """Remove the divisions that were used longest ago, until `need` bytes are within the limit."""
+        others = [one for one in self._root.glob("cut-*") if one.is_dir() and one != home]
+        sizes = {one: sum(file.stat().st_size for file in one.iterdir()) for one in others}
+        room = self._limits.max_store_bytes - need - sum(sizes.values())
+        for one in sorted(others, key=lambda one: one.stat().st_mtime):
+            if room >= 0:
+                break
+            shutil.rmtree(one, ignore_errors=True)
+            self._known = {key: path for key, path in self._known.items() if path.parent != one}
+            room += sizes[one]
+
+
+def _read(home: Path) -> list[Cut]:
+    """What was cut before and is still whole; nothing where a file is missing or of another size."""
+    try:
+        entries = msgspec.json.decode((home / INDEX).read_bytes(), type=list[_Entry])
+        cuts = [Cut(home / Path(one.file).name, one.digest, one.bytes) for one in entries]
+        return cuts if all(one.path.stat().st_size == one.bytes for one in cuts) else []
+    except (OSError, msgspec.MsgspecError, ValueError):
+        return []
+
+
+def _write(home: Path, cuts: Sequence[Cut]) -> None:
+    beside = home / f"{INDEX}.part"
+    try:
+        beside.write_bytes(msgspec.json.encode([_Entry(one.path.name, one.digest, one.bytes) for one in cuts]))
+        beside.replace(home / INDEX)
+    except OSError as error:
+        raise ModelError(f"{home} cannot be written ({error}); free some space or name another folder.") from error
+
+
+def _touch(home: Path) -> None:
+    try:
+        os.utime(home)
+    except OSError as error:
+        raise ModelError(f"{home} cannot be used ({error}); name another folder for shards.") from error

@@ -1,0 +1,330 @@
+"""The head of a group: forms it of the devices that are there, and forms it anew when one is lost or has come.
+
+Owns the epochs: every group of ranks has a number, a key and a mesh of its own, and ends as a whole. Threads: `form`,
+`recover`, `better` and `close` are called by one at a time. Must never run a step.
+"""
+
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedge.core import addresses
+from fedge.core.errors import AddressError, ExperimentError, ModelError, RankLost
+from fedge.core.limits import LlmLimits
+from fedge.edge.llm import security
+from fedge.edge.llm.folder import Folder
+from fedge.edge.llm.group import membership
+from fedge.edge.llm.group.blocks import open_blocks, spare_bytes
+from fedge.edge.llm.group.cuts import Cut, Cuts
+from fedge.edge.llm.group.device import listen as listen_for_ranks
+from fedge.edge.llm.group.division import HOPED, Divide, Division, planned
+from fedge.edge.llm.group.membership import Event, Member, Members, Phase
+from fedge.edge.llm.group.messages import HEAD, PROTOCOL, Offer
+from fedge.edge.llm.group.roster import Roster
+from fedge.edge.llm.group.service import Ranks, is_local, serve, stop
+from fedge.edge.llm.group.speeds import Speeds, speeds
+from fedge.edge.llm.mesh import Alone, Mesh, connect
+from fedge.edge.llm.model import Model
+from fedge.edge.llm.quant import KINDS, Kind
+from fedge.edge.llm.security import Ticket, Tls
+from fedge.edge.llm.shard import open_shard
+from fedge.edge.llm.shares import Share
+from fedge.edge.plan.link import Link
+from fedge.protos import llm_pb2 as pb
+
+log = logging.getLogger("fedge")
+GAIN = 0.9  # a group is formed anew where a token is predicted to take this part of the time, or less
+_KEY_BYTES = 32
+_FLOAT_BYTES = 4
+
+
+class Group:
+    """Serves workers at `address` from its making on, and forms groups of them.
+
+    `store` is the folder for shards; `wanted` the devices beside the head that `form` waits for. `slots` sequences of
+    `context` tokens, of which `kv_tokens` are kept together at most (None: all). `memory_bytes` is the head's own
+    (None: most of what is free). A `ticket` with a certificate, and its `key` (PEM), mean TLS, which `listen` needs off
+    loopback; `data_port` is where ranks dial the head (0: any). `kernel`, `collective` and `speed` replace
+    measurements, and `divide` the planner. Raises AddressError, ExperimentError for settings that cannot work.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        *,
+        kind: Kind,
+        store: Path,
+        slots: int,
+        context: int,
+        listen: str = "127.0.0.1:0",
+        ticket: Ticket | None = None,
+        key: str = "",
+        wanted: int = 0,
+        kv_tokens: int | None = None,
+        memory_bytes: int | None = None,
+        data_port: int = 0,
+        kernel: str | None = None,
+        collective: str | None = None,
+        speed: Speeds | None = None,
+        divide: Divide = planned,
+        limits: LlmLimits = LlmLimits(),
+    ) -> None:
+        if kind not in KINDS or not 0 < slots <= limits.max_slots or context < 1:
+            raise ExperimentError(
+                f"{kind} weights and {slots} slots of {context} tokens cannot be; choose one of {', '.join(KINDS)} "
+                f"and at most {limits.max_slots} slots."
+            )
+        try:
+            store.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExperimentError(f"The folder {store} cannot be used ({error}); name another for shards.") from error
+        self._folder, self._kind, self._limits, self._divide = folder, kind, limits, divide
+        self._slots, self._context, self._kv_tokens = slots, context, kv_tokens or slots * context
+        self._wanted, self._kernel, self._collective = wanted, kernel, collective
+        known = speed or speeds(store)
+        memory = spare_bytes() if memory_bytes is None else memory_bytes
+        self._offer = Offer(HEAD, known.weights_per_s, memory, known.disk_bytes_per_s)
+        self._cuts = Cuts(folder, kind, store, limits)
+        self._roster = Roster(limits)
+        self._model: Model | None = None
+        self._division: Division | None = None
+        self._link = HOPED
+        self._epoch = 0
+        self._closed = False
+        secure = bool(ticket and ticket.certificate)
+        self._identity = security.identity() if secure else None
+        host, _ = addresses.parse(listen)
+        self._listener = listen_for_ranks("127.0.0.1" if is_local(host) else "", data_port)
+        welcome = pb.Welcome(protocol=PROTOCOL, model=folder.digest, kind=kind)
+        ranks = Ranks(self._roster, welcome, self._cuts.find, ticket.token if ticket else "", limits)
+        try:
+            self._server, self._pool, self.address = serve(ranks, listen, ticket, key, limits)
+        except AddressError:
+            self._listener.close()
+            raise
+
+    @property
+    def epoch(self) -> int:
+        """How many groups have been formed, or tried."""
+        return self._epoch
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The devices of the present group, by rank."""
+        return self._division.names if self._division else ()
+
+    def devices(self) -> tuple[Member, ...]:
+        """Who is there, beside the head."""
+        return tuple(self._roster.members.values())
+
+    def form(self, timeout_s: float) -> Model:
+        """Wait for the devices that are wanted, and form a group of those that the division takes.
+
+        Once the links have been measured it may take fewer. Raises AddressError where too few come in time, ModelError
+        where there is not the memory or a shard cannot be cut, RankLost where devices fail again and again.
+        """
+        due_at = time.monotonic() + timeout_s
+        if not self._roster.wait(lambda members: len(members) >= self._wanted, timeout_s):
+            raise AddressError(
+                f"{len(self._roster.members)} of {self._wanted} devices have come within {timeout_s:g} s; start "
+                "`fedge llm join` on the others, or ask for fewer."
+            )
+        model = self._formed(due_at)
+        if self._plan(self._everybody()).names != self.names:
+            model = self._formed(due_at)
+        return model
+
+    def recover(self) -> Model:
+        """A group of those that are there now, or the head alone: after a rank was lost, or for a better one.
+
+        The last model is closed. Who computed in it and has not noticed its end in time is left out: it may hang.
+        Raises as `form`.
+        """
+        return self._formed(time.monotonic() + self._limits.load_timeout_s)
+
+    def better(self) -> bool:
+        """Whether devices that the group does not use would make it faster."""
+        now = self._division
+        if now is None:
+            return False
+        free = {one.name for one in self._roster.usable()}
+        if not free - set(now.names):
+            return False
+        try:
+            new = self._plan(self._everybody())
+            if not set(new.names) - set(now.names):
+                return False
+            if new.token_s is None or now.token_s is None:
+                return True
+            present = self._plan([one for one in self._everybody() if one.name in now.names])
+        except ModelError:
+            return False
+        return present.token_s is None or new.token_s < GAIN * present.token_s
+
+    def improve(self) -> Model | None:
+        """A model of a better group if there is one, else None: what an engine asks between requests. Raises as `form`."""
+        return self.recover() if self.better() else None
+
+    def close(self) -> None:
+        """End the group, dismiss all devices, stop serving. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._end()
+        self._roster.close("The head has ended; the device waits for it.")
+        stop(self._server, self._pool)
+        self._listener.close()
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- epochs --------------------------------------------------------------------------------
+
+    def _formed(self, due_at: float) -> Model:
+        """Try with whoever is usable; a device that fails rests, so that the next try differs."""
+        for left in reversed(range(self._limits.form_tries)):
+            self._end()
+            try:
+                return self._attempt(due_at)
+            except RankLost as error:
+                log.warning("Epoch %d has not come about: %s", self._epoch, error)
+                self._blame(error)
+                if not left or self._closed or time.monotonic() > due_at:
+                    self._end()
+                    raise
+            except BaseException:
+                self._end()
+                raise
+        raise AssertionError("unreachable")
+
+    def _attempt(self, due_at: float) -> Model:
+        """One epoch, up to a mesh that stands."""
+        self._epoch += 1
+        offers = [self._offer, *(one.hello.offer for one in self._roster.usable())]
+        division = self._plan(offers)
+        self._division = division
+        cuts = self._cuts.make(division.shares)
+        key = secrets.token_bytes(_KEY_BYTES)
+        members = self._roster.members
+        workers = [members.get(name) for name in division.names[1:]]
+        if None in workers:
+            raise RankLost("A device has left before the group was formed.", 1 + workers.index(None))
+        party = [one for one in workers if one is not None]
+        self._order(party, division, cuts, key, {one.name: one for one in offers})
+        shard = open_shard(cuts[0].path, self._limits)
+        budget = self._budget(self._offer, division.shares[0])
+        with contextlib.ExitStack() as opened:
+            blocks = open_blocks(shard, budget, self._limits, self._kernel)
+            opened.callback(blocks.close)
+            mesh = self._meet(party, key, due_at)
+            opened.callback(mesh.close)
+            self._model = Model(shard, blocks, mesh, slots=self._slots, context=self._context, limits=self._limits)
+            opened.pop_all()
+        log.info("Epoch %d: %s", self._epoch, ", ".join(division.names))
+        return self._model
+
+    def _order(
+        self, party: Sequence[Member], division: Division, cuts: Sequence[Cut], key: bytes, offers: dict[str, Offer]
+    ) -> None:
+        """Tell every worker what to load."""
+        own = self._identity[0] if self._identity else ""
+        peers = [pb.Peer(name=HEAD, address=f":{self._listener.getsockname()[1]}", certificate=own)]
+        peers += [pb.Peer(name=one.name, address=one.hello.address, certificate=one.hello.certificate) for one in party]
+        for rank, member in enumerate(party, 1):
+            load = pb.Load(
+                epoch=self._epoch,
+                rank=rank,
+                peers=peers,
+                digest=cuts[rank].digest,
+                bytes=cuts[rank].bytes,
+                key=key,
+                slots=self._slots,
+                context=self._context,
+                memory_bytes=self._budget(offers[member.name], division.shares[rank]),
+                collective=self._collective or "",
+            )
+            self._roster.order(member.name, Event.LOAD, self._epoch, pb.Order(load=load))
+
+    def _meet(self, party: Sequence[Member], key: bytes, due_at: float) -> Mesh | Alone:
+        """Wait until all are ready, tell them to start, and connect."""
+        if not party:
+            return Alone()
+        names, epoch = [one.name for one in party], self._epoch
+        left_s = min(due_at - time.monotonic(), self._limits.load_timeout_s)
+        self._roster.wait(lambda members: _settled(members, names, epoch), left_s)
+        self._require_all(names)
+        for name in names:
+            self._roster.order(name, Event.START, epoch, pb.Order(start=pb.Start(epoch=epoch)))
+        tls = None
+        if self._identity:
+            tls = Tls(*self._identity, (self._identity[0], *(one.hello.certificate for one in party)))
+        where = ["", *(one.hello.address for one in party)]
+        mesh = connect(
+            0,
+            len(where),
+            where,
+            key,
+            epoch,
+            listener=self._listener,
+            limits=self._limits,
+            tls=tls,
+            collective=self._collective,
+        )
+        if mesh.speed is not None:
+            self._link = Link(mesh.speed.bandwidth_bps, mesh.speed.round_trip_s)
+        return mesh
+
+    def _require_all(self, names: Sequence[str]) -> None:
+        """Raises RankLost naming a device that has failed to load, or else one that takes too long."""
+        members = self._roster.members
+        ready = membership.in_epoch(members, self._epoch, Phase.READY)
+        loading = membership.in_epoch(members, self._epoch, Phase.LOADING)
+        missing = [name for name in names if name not in ready]
+        if missing:
+            name = next((one for one in missing if one not in loading), missing[0])
+            member = members.get(name)
+            why = "it is gone" if member is None else member.detail or "it takes too long"
+            raise RankLost(f"{name} has not loaded its shard ({why}).", 1 + names.index(name))
+
+    def _end(self) -> None:
+        """End the present epoch, and wait a moment until all that computed in it have noticed."""
+        if self._model is not None:
+            self._model.close()
+            self._model = None
+        self._division = None
+        epoch = self._epoch
+        self._roster.end(epoch, list(self._roster.members))
+        self._roster.wait(lambda members: not membership.in_epoch(members, epoch, Phase.ENDING), self._limits.settle_s)
+
+    def _blame(self, error: RankLost) -> None:
+        """Leave out a device that could not be met, so that the next try goes without it."""
+        names = self.names
+        if 0 < error.rank < len(names):
+            self._roster.rest(names[error.rank], str(error))
+
+    def _everybody(self) -> list[Offer]:
+        """The head, the devices of the present group, and those that are free."""
+        free = {one.name for one in self._roster.usable()} | set(self.names)
+        return [self._offer, *(one.hello.offer for one in self._roster.members.values() if one.name in free)]
+
+    def _plan(self, offers: Sequence[Offer]) -> Division:
+        return self._divide(self._folder.config, self._kind, offers, self._link, self._kv_tokens)
+
+    def _budget(self, offer: Offer, share: Share) -> int:
+        """Bytes for weights beside keys and values."""
+        config, heads = self._folder.config, share.kv_heads[1] - share.kv_heads[0]
+        kept = 2 * _FLOAT_BYTES * config.layers * heads * config.head_dim * self._kv_tokens
+        return max(1, offer.memory_bytes - kept)
+
+
+def _settled(members: Members, names: Sequence[str], epoch: int) -> bool:
+    """All are ready, or one cannot be."""
+    there = membership.in_epoch(members, epoch, Phase.LOADING, Phase.READY)
+    ready = membership.in_epoch(members, epoch, Phase.READY)
+    return len(there) < len(names) or len(ready) == len(names)

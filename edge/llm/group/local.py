@@ -1,0 +1,89 @@
+"""A group on one machine: the head in this process, the other ranks in children that end with it.
+
+Owns the children. Must never be the only way to have a group.
+"""
+
+import contextlib
+import secrets
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fedge.core.limits import LlmLimits
+from fedge.edge.llm.folder import Folder
+from fedge.edge.llm.group.blocks import spare_bytes
+from fedge.edge.llm.group.child import Settings, argv
+from fedge.edge.llm.group.group import Group
+from fedge.edge.llm.group.speeds import Speeds, speeds
+from fedge.edge.llm.quant import Kind
+from fedge.edge.llm.security import Ticket
+
+_END_S = 10.0  # for a child to end by itself
+
+
+@contextlib.contextmanager
+def local(
+    folder: Folder,
+    ranks: int,
+    *,
+    kind: Kind,
+    store: Path,
+    memory_bytes: int | None = None,
+    kernel: str | None = None,
+    speed: Speeds | None = None,
+    limits: LlmLimits = LlmLimits(),
+    **settings: Any,
+) -> Iterator[Group]:
+    """A Group that has not been formed yet, and `ranks` - 1 children on their way to it; see Group for `settings`.
+
+    `memory_bytes` are each rank's. Strangers on the same machine cannot join: children know a word of their own.
+    """
+    ticket = Ticket("", secrets.token_urlsafe(32))
+    memory = memory_bytes or spare_bytes() // ranks
+    store.mkdir(parents=True, exist_ok=True)
+    known = speed or speeds(store)
+    with contextlib.ExitStack() as opened:
+        group = Group(
+            folder,
+            kind=kind,
+            store=store,
+            ticket=ticket,
+            wanted=ranks - 1,
+            memory_bytes=memory,
+            kernel=kernel,
+            speed=known,
+            limits=limits,
+            **settings,
+        )
+        children = opened.enter_context(contextlib.ExitStack())
+        opened.callback(group.close)
+        for number in range(1, ranks):
+            name = f"local-{number}"
+            one = Settings(group.address, name, memory, str(store / name), ticket.token, kernel, known, limits)
+            children.enter_context(child(one))
+        yield group
+
+
+@contextlib.contextmanager
+def child(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker in a process of its own, until the end of the context."""
+    process = subprocess.Popen(argv(), stdin=subprocess.PIPE)
+    pipe = process.stdin
+    if pipe is None:
+        raise AssertionError("unreachable")
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            pipe.write(msgspec.json.encode(settings) + b"\n")
+            pipe.flush()
+        yield process
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,131 @@
+"""What workers and the head tell each other, judged before anything of it is believed.
+
+Owns every check of form on reports and orders: either a message is within the limits, or DataError is raised and
+nothing else. Must never run a call, nor decide what follows.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from fedge.core import addresses
+from fedge.core.errors import AddressError, DataError
+from fedge.core.limits import LlmLimits
+from fedge.edge.llm.about import MAX_SIZE
+from fedge.edge.llm.collectives import COLLECTIVES
+from fedge.edge.llm.handshake import LEAST_KEY_BYTES
+from fedge.protos import llm_pb2 as pb
+
+PROTOCOL = 1
+HEAD = "head"  # what the head is called among its devices
+TOKEN_KEY = "fedge-token"  # noqa: S105 -- the name of the metadata, not what it holds
+MAX_KINDS = 16
+_MAX_DETAIL = 500  # characters
+_DIGEST = re.compile("[0-9a-f]{64}")
+_AGAIN = "install the same version of fedge on all devices"
+
+
+class OtherProtocolError(DataError):
+    """The other end speaks another version of the protocol."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a device brings: weights multiplied per second by kind of weights, memory, and bytes per second of disk."""
+
+    name: str
+    weights_per_s: Mapping[str, float]
+    memory_bytes: int
+    disk_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """A device that has come. `address` is where ranks dial it; an empty host is the head's own machine."""
+
+    offer: Offer
+    incarnation: str
+    address: str
+    certificate: str
+    shards: frozenset[str] = field(default=frozenset(), repr=False)
+
+
+def report(data: bytes, limits: LlmLimits) -> pb.Report:
+    """A worker's message, parsed; one of its events is set. Raises DataError."""
+    _require(len(data) <= limits.max_report_bytes, f"it has {len(data)} bytes")
+    try:
+        found: pb.Report = pb.Report.FromString(data)
+    except DecodeError as error:
+        raise DataError(f"A report is no message; {_AGAIN}.") from error
+    _require(found.WhichOneof("event") is not None, "it says nothing")
+    return found
+
+
+def hello(told: pb.Hello, host: str, limits: LlmLimits) -> Hello:
+    """A device's first report, which came from `host`. Raises DataError, OtherProtocolError."""
+    if told.protocol != PROTOCOL:
+        raise OtherProtocolError(f"The head speaks protocol {PROTOCOL}, the device {told.protocol}; {_AGAIN}.")
+    name = told.name
+    _require(bool(name) and name.isprintable(), "its name is empty or cannot be printed")
+    _require(name != HEAD, f"{HEAD!r} is the name of the head")
+    _require(len(name.encode()) <= limits.max_device_name_bytes, "its name is too long")
+    _require(bool(re.fullmatch("[0-9a-f]{32}", told.incarnation)), "its incarnation is none")
+    _require(len(told.certificate) <= limits.max_certificate_bytes, "its certificate is too long")
+    _require(len(told.shards) <= limits.max_known_shards, "it knows too many shards")
+    _require(all(map(_DIGEST.fullmatch, told.shards)), "a digest is none")
+    speeds = dict(told.weights_per_s)
+    _require(len(speeds) <= MAX_KINDS, "it has too many speeds")
+    _require(all(math.isfinite(one) and one > 0 for one in (*speeds.values(), told.disk_bps)), "a speed is none")
+    own, port = _address(told.data_address)
+    offer = Offer(name, speeds, told.memory_bytes, told.disk_bps)
+    return Hello(offer, told.incarnation, f"{own or host}:{port}", told.certificate, frozenset(told.shards))
+
+
+def load(told: pb.Load, limits: LlmLimits) -> pb.Load:
+    """The head's order, which may be wrong as well. Raises DataError."""
+    ranks = len(told.peers)
+    _require(2 <= ranks <= limits.max_ranks and 0 < told.rank < ranks, f"it is for rank {told.rank} of {ranks}")
+    _require(0 < told.epoch < 1 << 32, f"its epoch is {told.epoch}")
+    _require(bool(_DIGEST.fullmatch(told.digest)) and told.bytes > 0, "its shard is none")
+    _require(len(told.key) >= LEAST_KEY_BYTES, "its key is too short")
+    _require(0 < told.slots <= limits.max_slots, f"it wants {told.slots} slots")
+    _require(0 < told.context <= MAX_SIZE, f"it wants {told.context} tokens of context")
+    _require(not told.collective or told.collective in COLLECTIVES, "its collective is unknown")
+    for peer in told.peers:
+        _address(peer.address)
+        _require(len(peer.certificate) <= limits.max_certificate_bytes, "a certificate is too long")
+    return told
+
+
+def clip(text: str) -> str:
+    """A sentence as it may be sent and shown."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:_MAX_DETAIL])
+
+
+def dismiss(reason: str, detail: str) -> pb.Order:
+    """The order to go."""
+    return pb.Order(dismiss=pb.Dismiss(reason=reason, detail=clip(detail)))
+
+
+def join_host(address: str, host: str) -> str:
+    """The address with `host` where it has none. Raises DataError."""
+    own, port = _address(address)
+    return f"{own or host}:{port}"
+
+
+def _address(address: str) -> tuple[str, int]:
+    try:
+        host, port = addresses.parse(f"0{address}" if address.startswith(":") else address)
+    except AddressError as error:
+        raise DataError(f"A message is out of order: {address[:80]!r} is no address; {_AGAIN}.") from error
+    _require(port > 0 and len(host) <= 255, f"{address[:80]!r} is no address")
+    return ("" if address.startswith(":") else host), port
+
+
+def _require(condition: Any, why: str) -> None:
+    if not condition:
+        raise DataError(f"A message is out of order: {why}; {_AGAIN}.")

@@ -1,0 +1,160 @@
+"""The service `Ranks` of protos/llm.proto on an address: who may call it, and what each caller is sent.
+
+A stream occupies two threads for as long as a device is there, a download one; there are as many as the limits allow.
+Must never decide what a group looks like.
+"""
+
+import hmac
+import threading
+import urllib.parse
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from fedge.core import addresses
+from fedge.core.errors import AddressError, DataError, FedgeError
+from fedge.core.limits import LlmLimits
+from fedge.edge.llm.group import messages
+from fedge.edge.llm.group.roster import Roster, Seat
+from fedge.edge.llm.handshake import is_loopback
+from fedge.edge.llm.security import Ticket
+from fedge.protos import llm_pb2 as pb
+
+SERVICE = "fedge.llm.v1.Ranks"
+_GRACE_S = 1.0  # for what is under way at the end
+Context = Any  # grpc.ServicerContext; grpcio is not typed
+Find = Callable[[str], Path | None]
+
+
+class Ranks:
+    """The two calls. `find` gives the file of a shard that may be fetched, by its digest."""
+
+    def __init__(self, roster: Roster, welcome: pb.Welcome, find: Find, token: str, limits: LlmLimits) -> None:
+        self._roster, self._find, self._token, self._limits = roster, find, token, limits
+        self._welcome = pb.Order(welcome=welcome)
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """For a server. Reports stay bytes, so that what is no message is answered with a sentence."""
+        calls = {
+            "Join": grpc.stream_stream_rpc_method_handler(self.join, None, pb.Order.SerializeToString),
+            "Fetch": grpc.unary_stream_rpc_method_handler(
+                self.fetch, pb.FetchRequest.FromString, pb.Chunk.SerializeToString
+            ),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, calls)
+
+    def join(self, reports: Iterator[bytes], context: Context) -> Iterator[pb.Order]:
+        """One device's stream."""
+        self._admit(context)
+        try:
+            first = messages.report(next(reports), self._limits)
+            hello = messages.hello(first.hello, _host(context.peer()), self._limits)
+            seat = self._roster.enter(hello)
+        except StopIteration:
+            return
+        except messages.OtherProtocolError as error:
+            yield messages.dismiss("PROTOCOL", str(error))
+            return
+        except FedgeError as error:
+            yield messages.dismiss(error.reason, str(error))
+            return
+        threading.Thread(target=self._listen, args=(reports, seat), name="fedge-reports", daemon=True).start()
+        try:
+            yield self._welcome
+            while (order := seat.orders.get()) is not None:
+                yield order
+        finally:
+            self._roster.leave(seat)
+
+    def fetch(self, request: pb.FetchRequest, context: Context) -> Iterator[pb.Chunk]:
+        """The bytes of a shard from an offset to its end."""
+        self._admit(context)
+        path = self._find(request.digest)
+        if path is None:
+            context.abort(grpc.StatusCode.NOT_FOUND, "There is no such shard any more; wait for the next order.")
+            return
+        try:
+            with path.open("rb") as file:
+                file.seek(min(request.offset, path.stat().st_size))
+                while data := file.read(self._limits.fetch_chunk_bytes):
+                    yield pb.Chunk(data=data)
+        except OSError as error:
+            context.abort(grpc.StatusCode.UNAVAILABLE, f"The shard cannot be read ({error.strerror}); try again.")
+
+    def _listen(self, reports: Iterator[bytes], seat: Seat) -> None:
+        """Until the device hangs up, or says what cannot be."""
+        try:
+            for data in reports:
+                self._roster.report(seat, messages.report(data, self._limits))
+        except DataError as error:
+            seat.put(messages.dismiss(error.reason, str(error)))
+        except Exception:  # noqa: S110 -- gRPC's own way to say that the stream is over
+            pass
+        seat.put(None)
+        self._roster.leave(seat)
+
+    def _admit(self, context: Context) -> None:
+        given = dict(context.invocation_metadata()).get(messages.TOKEN_KEY, "")
+        if not hmac.compare_digest(str(given).encode(), self._token.encode()):
+            context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "The ticket is another one; copy ticket.json from the device that starts the model.",
+            )
+
+
+def serve(
+    ranks: Ranks, listen: str, ticket: Ticket | None, key: str, limits: LlmLimits
+) -> tuple[grpc.Server, ThreadPoolExecutor, str]:
+    """A server that runs, its threads, and its address. Without a certificate only loopback is listened on.
+
+    Raises AddressError.
+    """
+    host, _ = addresses.parse(listen)
+    secure = bool(ticket and ticket.certificate)
+    if not secure and not is_local(host):
+        raise AddressError(f"{listen} can be reached by other machines; give a ticket, or listen on 127.0.0.1.")
+    most = 2 * limits.max_ranks + 2
+    pool = ThreadPoolExecutor(most, "fedge-ranks")
+    options = [
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", limits.max_report_bytes),
+        *addresses.keepalive_server(),
+    ]
+    server = grpc.server(pool, options=options, maximum_concurrent_rpcs=most)
+    server.add_generic_rpc_handlers((ranks.handler(),))
+    try:
+        if ticket and secure:
+            pair = (key.encode(), ticket.certificate.encode())
+            port = server.add_secure_port(listen, grpc.ssl_server_credentials([pair]))
+        else:
+            port = server.add_insecure_port(listen)
+    except RuntimeError:
+        port = 0
+    if not port:
+        pool.shutdown(wait=False)
+        raise AddressError(f"Cannot listen on {listen}; stop who uses the port, or choose another.")
+    server.start()
+    return server, pool, f"{host}:{port}"
+
+
+def stop(server: grpc.Server, pool: ThreadPoolExecutor) -> None:
+    """End all calls, within a moment."""
+    server.stop(_GRACE_S).wait(2 * _GRACE_S)
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def is_local(host: str) -> bool:
+    """Whether a host never leaves this machine."""
+    try:
+        return host == "localhost" or is_loopback(host.strip("[]"))
+    except ValueError:  # a name
+        return False
+
+
+def _host(peer: str) -> str:
+    """The host of gRPC's "ipv4:10.0.0.7:41234" or "ipv6:[::1]:41234"; empty for this machine."""
+    host = urllib.parse.unquote(peer.partition(":")[2]).rpartition(":")[0]
+    return "" if is_local(host) else host

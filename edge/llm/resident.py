@@ -1,0 +1,58 @@
+"""All weights of a shard in memory, prepared once.
+
+With a kernel that streams they are the file's own pages, mapped: the system may drop them and fetch them again. With
+one that copies they are private, and the pages of the file are given back. Must never read a block twice.
+"""
+
+import mmap
+from typing import Any
+
+from fedge.core.lanes import plain_products
+from fedge.core.params import Array
+from fedge.edge.llm.kernels import Kernel, Linear
+from fedge.edge.llm.quant import Matrix
+from fedge.edge.llm.shard import Shard
+
+
+class Resident:
+    """Blocks that are always there. Raises ModelError where the kernel is for another kind of weights.
+
+    `resident_bytes` are those of the blocks as they lie in the file; a kernel that copies may need some more.
+    """
+
+    def __init__(self, shard: Shard, kernel: Kernel) -> None:
+        self.resident_bytes = sum(block.bytes for block in shard.blocks)
+        self.stats: dict[str, float] = {"blocks": len(shard.blocks), "pinned_bytes": self.resident_bytes}
+        self._blocks = []
+        for block in shard.blocks:
+            found = shard.view(block, shard.mapped[block.offset : block.offset + block.bytes])
+            self._blocks.append(prepared(found, kernel))
+            if not kernel.streams:
+                _forget(shard.mapped.obj, block.offset, block.bytes)
+        plain_products.__enter__()  # ranks on one machine that want more threads than cores come to a crawl
+        self._open = True
+
+    def take(self, index: int) -> dict[str, Linear | Array]:
+        """The block's arrays and linear maps."""
+        return self._blocks[index]
+
+    def release(self, index: int) -> None:
+        """Nothing: the block stays."""
+
+    def close(self) -> None:
+        """Give the memory back. May be called twice."""
+        self._blocks = []
+        if self._open:
+            self._open = False
+            plain_products.__exit__()
+
+
+def prepared(found: dict[str, Matrix | Array], kernel: Kernel) -> dict[str, Linear | Array]:
+    """A block's views with linear maps instead of matrices."""
+    return {name: kernel.prepare(one) if isinstance(one, Matrix) else one for name, one in found.items()}
+
+
+def _forget(mapped: Any, offset: int, size: int) -> None:
+    """Pages of the file leave this process; what is still used comes back by itself."""
+    if size and isinstance(mapped, mmap.mmap):
+        mapped.madvise(mmap.MADV_DONTNEED, offset, size)

@@ -1,0 +1,377 @@
+"""Windows: every block comes with the right bytes in any order, within the budget; faults are told, not waited on."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedge.core.errors import ModelError
+from fedge.core.limits import LlmLimits
+from fedge.core.params import Array
+from fedge.edge.llm import blockfile
+from fedge.edge.llm.cgroup import room_bytes
+from fedge.edge.llm.folder import open_folder
+from fedge.edge.llm.kernels import KERNELS
+from fedge.edge.llm.layout import BlockSpec
+from fedge.edge.llm.quant import KINDS
+from fedge.edge.llm.resident import Resident
+from fedge.edge.llm.shard import export, open_shard
+from fedge.edge.llm.shares import even
+from fedge.edge.llm.window import Window, pinned
+from tests.llm_fixture import folder
+
+PAGE = 4096
+STREAMING = {kind: next(one for one in KERNELS.values() if one.kind == kind and one.streams) for kind in KINDS}
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """As much of a shard as a window uses: blocks of any sizes, whose only view is their bytes."""
+
+    path: Path
+    blocks: tuple[BlockSpec, ...]
+
+    def view(self, block: BlockSpec, buffer: Array) -> dict[str, Array]:
+        return {"all": buffer[: block.bytes]}
+
+
+def file_of(path, sizes, seed=0):
+    """A file of random bytes after one page, and its blocks, `sizes` in pages."""
+    blocks, at = [], PAGE
+    for index, size in enumerate(sizes):
+        blocks.append(BlockSpec(index, index // 2, "attn", at, size * PAGE))
+        at += size * PAGE
+    path.write_bytes(np.random.default_rng(seed).integers(0, 256, at, np.uint8).tobytes())
+    return Bytes(path, tuple(blocks))
+
+
+def use(window, indices):
+    """Take and release these blocks."""
+    for index in indices:
+        window.take(index)
+        window.release(index)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Rank 0's shard of a small model, by kind."""
+    tmp = tmp_path_factory.mktemp("shards")
+    opened = open_folder(folder(tmp, layers=3, vocab=600))
+    return {kind: open_shard(export(opened, tmp / kind, even(opened.config, 2), kind)[0]) for kind in KINDS}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=9),
+    extra=st.integers(0, 40),
+    passes=st.integers(1, 3),
+    left_out=st.sets(st.integers(0, 8), max_size=4),
+    direct=st.sampled_from([True, False, None]),
+)
+def test_every_take_has_the_right_bytes(tmp_path_factory, sizes, extra, passes, left_out, direct):
+    shard = file_of(tmp_path_factory.getbasetemp() / "law", sizes, len(sizes))
+    whole = np.fromfile(shard.path, np.uint8)
+    window = Window(shard, STREAMING["int8"], (least(sizes) + extra) * PAGE, direct)
+    try:
+        assert window.resident_bytes <= (least(sizes) + extra) * PAGE
+        for _ in range(passes):
+            for block in shard.blocks:
+                if block.index in left_out:
+                    continue
+                found = window.take(block.index)["all"]
+                assert np.array_equal(found, whole[block.offset : block.offset + block.bytes])
+                window.release(block.index)
+    finally:
+        window.close()
+
+
+def least(sizes):
+    """The smallest budget, by trying: two buffers for the largest streamed block beside the larger ones."""
+    return min(2 * most + sum(size for size in sizes if size > most) for most in {0, *sizes})
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40), budget=st.integers(0, 900))
+def test_what_stays_fits_and_wastes_little(sizes, budget):
+    if budget < least(sizes):
+        with pytest.raises(ModelError, match=f"allow {least(sizes)} or more"):
+            pinned(sizes, budget)
+        return
+    stay = pinned(sizes, budget)
+    streamed = [size for index, size in enumerate(sizes) if index not in stay]
+    used = sum(sizes) - sum(streamed) + 2 * max(streamed, default=0)
+    assert used <= budget
+    assert all(used + size > budget for size in streamed)  # nothing more would fit
+
+
+def test_what_stays_is_spread_and_the_large_head_stays_first():
+    sizes = [10] * 20 + [100]
+    stay = pinned(sizes, 100 + 20 + 50)
+    assert 20 in stay  # else both buffers would have to hold it
+    gaps = np.diff(sorted(stay - {20}))
+    assert len(stay) == 6
+    assert set(gaps) == {4}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windowed_results_are_the_resident_ones_to_the_bit(shards, kind):
+    shard, kernel = shards[kind], STREAMING[kind]
+    resident = Resident(shard, kernel)
+    sizes = [block.bytes for block in shard.blocks]
+    window = Window(shard, kernel, least(sizes) + min(sizes))
+    try:
+        for block in [*shard.blocks, *shard.blocks]:
+            wanted, found = resident.take(block.index), window.take(block.index)
+            assert wanted.keys() == found.keys()
+            for name, one in found.items():
+                if callable(one):
+                    columns = {"qkv": 64, "gate_up": 64, "head": 64, "o": 32}.get(name, 64)
+                    x = np.random.default_rng(1).standard_normal((3, columns), np.float32)
+                    assert np.array_equal(one(x), wanted[name](x))
+                else:
+                    assert np.array_equal(one, wanted[name])
+            window.release(block.index)
+        assert 0 < window.stats["pinned"] < window.stats["blocks"]
+    finally:
+        window.close()
+        resident.close()
+
+
+@pytest.mark.parametrize("name", sorted(name for name, kernel in KERNELS.items() if not kernel.streams))
+def test_resident_kernels_that_copy_outlive_the_pages(shards, name):
+    shard, kernel = shards[KERNELS[name].kind], KERNELS[name]
+    resident, plain = Resident(shard, kernel), Resident(shard, STREAMING[kernel.kind])
+    x = np.random.default_rng(0).standard_normal((2, 64), np.float32)
+    y, wanted = (one.take(len(shard.blocks) - 1)["head"](x) for one in (resident, plain))
+    assert np.abs(y - wanted).max() < 0.05 * np.abs(wanted).max()
+    assert resident.resident_bytes == sum(block.bytes for block in shard.blocks)
+    resident.close()
+    resident.close()
+    plain.close()
+
+
+def test_a_kernel_that_copies_has_no_window(shards):
+    with pytest.raises(ModelError, match="streams"):
+        Window(shards["int8"], KERNELS["onnx-int8"], 1 << 30)
+
+
+def test_it_reads_ahead_into_the_next_pass(tmp_path):
+    shard = file_of(tmp_path / "file", [1, 1, 1, 1])
+    window = Window(shard, STREAMING["int8"], 2 * PAGE)
+    try:
+        for block in shard.blocks:
+            window.take(block.index)
+            window.release(block.index)
+        deadline = time.monotonic() + 5
+        while window.stats["read_bytes"] < 6 * PAGE and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert window.stats["read_bytes"] == 6 * PAGE  # two more than were taken: the buffers are full
+    finally:
+        window.close()
+
+
+def test_a_third_block_in_use_is_refused_not_waited_for(tmp_path):
+    shard = file_of(tmp_path / "file", [1, 1, 1])
+    window = Window(shard, STREAMING["int8"], 2 * PAGE)
+    try:
+        first = window.take(0)["all"]
+        assert window.take(0)["all"] is first
+        window.take(1)
+        with pytest.raises(ModelError, match="release one before block 2"):
+            window.take(2)
+        window.release(0)
+        assert window.take(2)["all"].size == PAGE
+    finally:
+        window.close()
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_a_block_that_is_not_there_is_refused(tmp_path, index):
+    window = Window(file_of(tmp_path / "file", [1, 1, 1]), STREAMING["int8"], 2 * PAGE)
+    try:
+        with pytest.raises(ModelError, match=f"no block {index}"):
+            window.take(index)
+    finally:
+        window.close()
+
+
+def truncated(path):
+    os.truncate(path, 3 * PAGE)
+
+
+def overwritten(path):
+    with path.open("r+b") as file:
+        file.seek(2 * PAGE)
+        file.write(b"other")
+
+
+@pytest.mark.parametrize("harm", [truncated, overwritten])
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_file_that_changes_while_in_use_is_told(tmp_path, harm, direct):
+    shard = file_of(tmp_path / "file", [1] * 8)
+    window = Window(shard, STREAMING["int8"], 2 * PAGE, direct)
+    try:
+        window.take(0)
+        harm(shard.path)
+        window.release(0)
+        for _ in range(2):
+            with pytest.raises(ModelError, match=r"changed|ends within|cannot be read"):
+                use(window, range(1, 8))
+    finally:
+        window.close()
+
+
+def test_a_file_that_is_replaced_goes_on_as_it_was(tmp_path):
+    shard = file_of(tmp_path / "file", [1] * 4)
+    whole = np.fromfile(shard.path, np.uint8)
+    window = Window(shard, STREAMING["int8"], 2 * PAGE)
+    try:
+        file_of(tmp_path / "new", [1] * 4, seed=1)
+        (tmp_path / "new").replace(shard.path)
+        for block in (*shard.blocks, *shard.blocks):
+            found = window.take(block.index)["all"]
+            assert np.array_equal(found, whole[block.offset : block.offset + PAGE])
+            window.release(block.index)
+    finally:
+        window.close()
+
+
+def test_a_disk_that_hangs_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    shard = file_of(tmp_path / "file", [1] * 4)
+    go = threading.Event()
+    window = Window(shard, STREAMING["int8"], 2 * PAGE, False, limits=replace(LlmLimits(), step_timeout_s=0.05))
+    try:
+        monkeypatch.setattr(window._file, "read", lambda *_: go.wait(10))
+        with pytest.raises(ModelError, match="check the disk"):
+            use(window, range(4))
+    finally:
+        go.set()
+        window.close()
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    shard = file_of(tmp_path / "file", [1, 1, 1])
+    shard.path.unlink()
+    with pytest.raises(ModelError, match="cannot be read"):
+        Window(shard, STREAMING["int8"], 2 * PAGE)
+
+
+def test_closing_ends_the_thread_and_whoever_waits(tmp_path):
+    window = Window(file_of(tmp_path / "file", [1, 1, 1]), STREAMING["int8"], 2 * PAGE)
+    window.close()
+    window.close()
+    assert "fedge-window" not in {thread.name for thread in threading.enumerate()}
+    with pytest.raises(ModelError, match="closed"):
+        window.take(0)
+
+
+def test_without_room_reads_go_past_the_cache(tmp_path, monkeypatch):
+    shard = file_of(tmp_path / "file", [64] * 2)
+    monkeypatch.setattr(blockfile, "room_bytes", lambda: 128 * PAGE)  # the file has one page more
+    file = blockfile.open_blocks(shard.path, shard.blocks[0], 0, None)
+    refused = blockfile.open_blocks(shard.path, shard.blocks[0], 0, False)
+    assert (file.direct, refused.direct, refused.keep) == (True, False, False)
+    monkeypatch.setattr(blockfile, "room_bytes", lambda: 140 * PAGE)
+    assert not blockfile.open_blocks(shard.path, shard.blocks[0], 20 * PAGE, False).keep
+    assert blockfile.open_blocks(shard.path, shard.blocks[0], 2 * PAGE, False).keep
+
+
+def test_a_file_system_without_direct_reads_is_read_through_the_cache(tmp_path, monkeypatch):
+    shard = file_of(tmp_path / "file", [4] * 2)
+    monkeypatch.setattr(blockfile, "_DIRECT", 0)
+    monkeypatch.setattr(blockfile, "room_bytes", lambda: 0)
+    assert not blockfile.open_blocks(shard.path, shard.blocks[0], 0, None).direct
+    with pytest.raises(ModelError, match="choose buffered"):
+        Window(shard, STREAMING["int8"], 32 * PAGE, True)
+
+
+GROUPS = {
+    "v2": ("0::/app/rank", "app/memory.max", "app/rank/memory.stat", "anon 100\nfile 7\n", 900),
+    "v2 in a container": ("0::/gone/rank", "memory.max", "none", "", 1000),
+    "v1": ("3:cpu:/\n2:memory:/job", "memory/job/memory.limit_in_bytes", "memory/job/memory.stat", "total_rss 50", 950),
+    "no limit": ("0::/", "memory.max", "memory.stat", "anon 100", 4096),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_room_by_control_groups(tmp_path, case):
+    lines, limit, stat, fields, wanted = GROUPS[case]
+    (tmp_path / "cgroup").write_text(lines + "\n")
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 4 kB\n")
+    for name, text in ((limit, "max" if case == "no limit" else "1000"), (stat, fields)):
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text + "\n")
+    if case == "v2":  # the limit of a group counts what all below it hold
+        (tmp_path / "root/app/memory.stat").write_text("anon 100\n")
+    assert room_bytes(tmp_path / "cgroup", tmp_path / "root", tmp_path / "meminfo") == wanted
+
+
+def test_room_is_unknown_elsewhere(tmp_path):
+    assert room_bytes(tmp_path / "a", tmp_path / "b", tmp_path / "c") == float("inf")
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import numpy as np
+from fedge.edge.llm.kernels import KERNELS
+from fedge.edge.llm.shard import open_shard
+from fedge.edge.llm.window import Window
+from fedge.edge.runtime.memory import resident
+
+shard = open_shard(Path(sys.argv[1]))
+budget, direct = int(sys.argv[2]), {"True": True, "False": False, "None": None}[sys.argv[3]]
+x = {columns: np.ones((1, columns), np.float32) for columns in (64, 512, 1024, 2048)}
+def use(views, columns):
+    for name, one in views.items():
+        if callable(one):
+            one(x[columns[name]])
+warm = KERNELS["numpy-float32"]
+before = resident()
+window = Window(shard, warm, budget, direct)
+columns = {"qkv": 512, "o": 512, "gate_up": 512, "down": 2048, "head": 512}
+most = 0
+for _ in range(3):
+    for block in shard.blocks:
+        use(window.take(block.index), columns)
+        since = resident().since(before)
+        most = max(most, since.private + since.mapped)
+        window.release(block.index)
+print(sum(block.bytes for block in shard.blocks), window.resident_bytes, most)
+"""
+
+
+@pytest.mark.parametrize("direct", [True, False, None])
+def test_weights_in_memory_stay_within_the_budget(tmp_path_factory, direct):
+    """Anonymous and mapped memory together, in a process of its own; 2 MiB for the thread and Python's own."""
+    path = wide(tmp_path_factory)
+    budget = 40 << 20
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, path, str(budget), str(direct)], capture_output=True, text=True, check=True
+    )
+    total, promised, most = map(int, done.stdout.split())
+    assert total > 2 * budget
+    assert promised <= budget
+    assert budget // 2 < most < budget + (2 << 20)
+
+
+_made: list[str] = []
+
+
+def wide(tmp_path_factory):
+    """A shard of some 130 MB, made once."""
+    if not _made:
+        tmp = tmp_path_factory.mktemp("wide")
+        opened = open_folder(
+            folder(tmp, layers=8, hidden=512, heads=8, kv_heads=8, ffn=2048, vocab=200, initializer_range=0.02)
+        )
+        _made.append(str(export(opened, tmp / "out", even(opened.config, 1), "float32")[0]))
+    return _made[0]
