@@ -5,7 +5,7 @@ Owns how folder, group of ranks, tokenizer and engine are put together. Must nev
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,11 +19,12 @@ from fedge.edge.llm.group.local import local
 from fedge.edge.llm.handle import Handle
 from fedge.edge.llm.model import Model
 from fedge.edge.llm.quant import Kind
-from fedge.edge.llm.requests import Request
+from fedge.edge.llm.requests import Piece, Request
 from fedge.edge.llm.sampler import Sampling
 from fedge.edge.llm.security import Ticket
 from fedge.edge.llm.template import Messages
 from fedge.edge.llm.tokenizer import Tokenizer
+from fedge.edge.runtime.memory import resident
 
 __all__ = ["Engine", "Request", "Sampling", "default_store"]
 
@@ -121,9 +122,22 @@ class Engine:
         tokens = self.tokenizer.encode(self.tokenizer.chat(messages), special=False)
         return self.engine.submit(Request(tuple(tokens), max_tokens, sampling))
 
+    def submit(self, request: Request, on_piece: Callable[[Piece], None] | None = None) -> Handle:
+        """As the engine's own: for whoever serves it."""
+        return self.engine.submit(request, on_piece)
+
     def stats(self) -> dict[str, float]:
-        """The engine's figures."""
-        return self.engine.stats()
+        """The engine's figures, and what the ranks hold and send: bytes by rank as they last said."""
+        found = self.engine.stats() | {"sent_bytes": self.group.sent_bytes}
+        own = resident()
+        if own is not None:
+            found |= {'memory_private_bytes{rank="0"}': own.private, 'memory_file_bytes{rank="0"}': own.mapped}
+        there = {member.name: member for member in self.group.devices()}
+        for rank, name in enumerate(self.group.names[1:], 1):
+            if member := there.get(name):
+                found[f'memory_private_bytes{{rank="{rank}"}}'] = member.private_bytes
+                found[f'memory_file_bytes{{rank="{rank}"}}'] = member.mapped_bytes
+        return found
 
     def close(self) -> None:
         """End requests, ranks and processes."""

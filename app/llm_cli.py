@@ -146,8 +146,11 @@ def serve(
 ) -> None:
     """Serve a model by OpenAI's HTTP API. The key that it asks for is in the environment, FEDGE_API_KEY."""
     from fedge import llm_inputs, llm_runs
+    from fedge.edge.llm.http_gate import check_key
     from fedge.llm import Engine
 
+    api_key = os.environ.get(API_KEY) or None
+    check_key(api_key)
     secure, key = llm_inputs.make_ticket(ticket)
     engine = Engine(
         model,
@@ -166,7 +169,7 @@ def serve(
     )
     with engine:
         note(f"ranks: {', '.join(engine.group.names)}; context {engine.context}; {kind}")
-        llm_runs.serve(engine, listen, name or model.resolve().name, os.environ.get(API_KEY) or None, note)
+        llm_runs.serve(engine, listen, name or model.resolve().name, api_key, note)
 
 
 @llm.command()

@@ -15,7 +15,7 @@ from fedge.llm import Engine
 
 def serve(engine: Engine, listen: str, name: str, api_key: str | None, on_listening: Callable[[str], None]) -> None:
     """Until SIGINT or SIGTERM. Raises AddressError where nobody may or can listen there."""
-    app = http.app(engine.engine, engine.tokenizer, name, api_key=api_key)
+    app = http.app(engine, engine.tokenizer, name, api_key=api_key)
     with Server(app, listen) as server:
         on_listening(f"serving {name} on http://{server.address}/v1")
         server.run()

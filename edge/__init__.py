@@ -8,6 +8,7 @@ when they are first used: a device pays only for its part.
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from fedge.edge.split.graph import cuts, open_graph
 
 __all__ = ["Answer", "Bounds", "Session", "cuts", "export", "load", "open_graph"]
+
+# onnxruntime sends figures of its use home, from version 1.31 on; what runs at a hospital does not. Read at its import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "Answer": "fedge.edge.cloud.session",

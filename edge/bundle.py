@@ -136,7 +136,7 @@ def load(folder: Path, limits: EdgeLimits = EdgeLimits()) -> Bundle:
     path = folder / DESCRIPTION
     try:
         bundle = msgspec.json.decode(path.read_bytes(), type=Bundle)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BadBundle(f"{str(folder)!r} holds no {DESCRIPTION}; make one with `fedge edge export`.") from None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadBundle(f"{str(path)!r} is not the description of a bundle ({error}); export it again.") from None

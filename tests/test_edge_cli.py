@@ -338,7 +338,7 @@ REFUSED = [
     ("plan bundle --memory nan", 2, "--memory"),
     ("plan bundle --energy 1", 2, "2 numbers"),
     ("plan bundle --energy=-1,0", 2, "energy_j"),
-    ("plan bundle --device profile.json --cloud profile.json --accuracy 1.1", 2, "set accuracy"),
+    ("plan bundle --device profile.json --cloud profile.json --accuracy 1", 2, "set accuracy"),
     ("plan bundle --deadline nan", 2, "deadline_s"),
     ("plan bundle --device {bad}/junk.json", 3, "no profile"),
     ("infer bundle rows.npy --deadline 0", 2, "deadline"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 
 from fedge.core.addresses import check_listen, keepalive_server
-from fedge.core.errors import AddressError
+from fedge.core.errors import AddressError, DataError
 from fedge.core.limits import EdgeLimits
 from fedge.edge import bundle as bundles
 from fedge.edge.cloud import wire
@@ -55,6 +55,8 @@ async def tail_at(
     """
     check_listen(listen, allow_remote)
     bundle = bundles.load(folder, limits)
+    if profile and profile.version != bundle.version:
+        raise DataError("The profile is of another bundle than the one to serve; measure this one with `bench`.")
     engine = Engine(folder, bundle, limits, threads)
     known = profile or profile_roughly(bundle, engine.runners, device=platform.node() or "cloud", threads=threads)
     service = TailService(bundle, engine, profile=profiles.encode(known), workers=workers, limits=limits)

@@ -112,10 +112,16 @@ class Session:
 
         Empty where all is well, or there is no cloud.
         """
-        if self._uplink and not self._uplink.usable:
-            return self._uplink.trouble.reason
-        trouble = self._pilot.trouble
+        trouble = self._trouble()
         return trouble.reason if trouble else ""
+
+    @property
+    def trouble_detail(self) -> str:
+        """The sentence of `trouble`, with its remedy; empty where all is well."""
+        return str(self._trouble() or "")
+
+    def _trouble(self) -> FedgeError | None:
+        return self._uplink.trouble if self._uplink and not self._uplink.usable else self._pilot.trouble
 
     def wait_for_cloud(self, timeout_s: float) -> bool:
         """Wait until the cloud has been greeted and there is a plan with it; False where that takes longer."""

@@ -37,6 +37,7 @@ class Link:
         self.silence_s = limits.step_timeout_s
         self._epoch, self._most_bytes = epoch, limits.max_frame_bytes
         self._sent = self._received = 0
+        self.sent_bytes = 0  # frames, headers included
         self._out: list[memoryview] = []  # of the frame being sent: what has found no room yet
         self._inbox = np.empty(_START_BYTES, np.uint8)
         self._view = self._inbox.data
@@ -49,6 +50,7 @@ class Link:
         size = len(payload)
         header = HEADER.pack(MAGIC, kind, coding, self._epoch, self._sent, len(prefix) + size) + prefix
         self._sent = (self._sent + 1) & _MASK
+        self.sent_bytes += len(header) + size
         try:
             gone = self.wire.write(header, payload)
         except (OSError, ValueError) as error:

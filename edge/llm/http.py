@@ -55,6 +55,9 @@ class Tokenizer(Protocol):
     def chat(self, messages: Messages) -> str:
         """Messages to text."""
 
+    def bytes_of(self, token: int) -> bytes:
+        """What one token writes."""
+
     def stream(self) -> Detokenizer:
         """Tokens to text, where a prompt has ended."""
 
@@ -175,11 +178,7 @@ class _Service:
         number = ("chatcmpl-" if asked.chat else "cmpl-") + secrets.token_hex(12)
         logprobs = asked.template.top_logprobs is not None
         ends = frozenset(self._tokenizer.eos)
-        return Form(asked.chat, number, int(time.time()), self._name, logprobs, self._spell, ends)
-
-    def _spell(self, token: int) -> str:
-        """A token's text, or nothing where it is but a part of one."""
-        return self._tokenizer.stream().push(token)
+        return Form(asked.chat, number, int(time.time()), self._name, logprobs, self._tokenizer.bytes_of, ends)
 
     def _flight(self, asked: Asked, prompts: Sequence[Sequence[int]]) -> Flight:
         """Submit all. Raises ApiError for prompts that the model cannot take, and what the engine raises."""

@@ -32,6 +32,7 @@ class Alone:
     """The mesh of one rank."""
 
     rank, size = 0, 1
+    sent_bytes = 0
     speed: LinkSpeed | None = None
 
     def allreduce(self, x: Array) -> Array:
@@ -88,6 +89,11 @@ class Mesh:
         except RankLost:
             self.close()
             raise
+
+    @property
+    def sent_bytes(self) -> int:
+        """By this rank to all others, so far."""
+        return sum(link.sent_bytes for link in self._group.others)
 
     def send_step(self, step: Step | None, x: Array | None = None) -> None:
         """From rank 0 to all: a step with its embeddings [tokens, hidden] float32; None is the orderly end.

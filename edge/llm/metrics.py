@@ -33,6 +33,7 @@ _KNOWN = {
     "kv_tokens": ("kv_tokens", "gauge", "Tokens that all slots hold."),
     "recoveries": ("recoveries_total", "counter", "Times that lost ranks were replaced."),
     "busy_s": ("busy_seconds_total", "counter", "Time in passes."),
+    "sent_bytes": ("sent_bytes", "gauge", "Bytes that rank 0 has sent to the others since the group was formed."),
     "memory_private_bytes": ("memory_private_bytes", "gauge", "Memory of a rank that is no file's."),
     "memory_file_bytes": ("memory_file_bytes", "gauge", "Memory of a rank that the system can take back: files."),
 }

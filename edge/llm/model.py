@@ -19,6 +19,10 @@ from fedge.edge.llm.step import Step
 class Lead(Group, Protocol):
     """The mesh as rank 0 sees it."""
 
+    @property
+    def sent_bytes(self) -> int:
+        """By this rank to all others, so far."""
+
     def send_step(self, step: Step | None, x: Array | None = None) -> None:
         """To all other ranks; None is the end."""
 
@@ -49,6 +53,11 @@ class Model:
         self._mesh.send_step(step, x)
         x = self._rank.forward(step, x)
         return self._head.logits(x[rows])
+
+    @property
+    def sent_bytes(self) -> int:
+        """What rank 0 has sent to the other ranks so far."""
+        return self._mesh.sent_bytes
 
     def close(self) -> None:
         """End the other ranks' loops and give all memory back."""

@@ -14,8 +14,8 @@ LEAST_LOGPROB = -9999.0  # as OpenAI writes what has no probability at all; JSON
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How the answers to one request are written. `spell` gives a token's text, empty where it has none of
-    its own, such as half a character; tokens in `ends` are not part of an answer.
+    """How the answers to one request are written. `bytes_of` gives what a token writes, which may be
+    nothing, or half a character; tokens in `ends` are not part of an answer.
     """
 
     chat: bool
@@ -23,7 +23,7 @@ class Form:
     created: int
     model: str
     logprobs: bool
-    spell: Callable[[int], str]
+    bytes_of: Callable[[int], bytes]
     ends: frozenset[int]
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -79,29 +79,30 @@ class Form:
         return {"content": entries, "refusal": None}
 
     def _entry(self, token: int, value: float) -> dict[str, Any]:
-        text = self.spell(token)
+        data = self.bytes_of(token)
         return {
-            "token": text or _name(token),
+            "token": self._spell(token),
             "logprob": max(value, LEAST_LOGPROB),
-            "bytes": list(text.encode()) if text else None,
+            "bytes": list(data) if data else None,
         }
 
     def _of_text(self, pieces: Sequence[Piece], offset: int) -> dict[str, Any]:
         tokens, values, tops, offsets = [], [], [], []
         for piece in pieces:
             if piece.token is not None and piece.logprob is not None and piece.token not in self.ends:
-                tokens.append(self.spell(piece.token) or _name(piece.token))
+                tokens.append(self._spell(piece.token))
                 values.append(max(piece.logprob.logprob, LEAST_LOGPROB))
                 top = piece.logprob.top
-                tops.append({self.spell(token) or _name(token): max(value, LEAST_LOGPROB) for token, value in top})
+                tops.append({self._spell(token): max(value, LEAST_LOGPROB) for token, value in top})
                 offsets.append(offset)
             offset += len(piece.text)
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
-
-def _name(token: int) -> str:
-    """A token without text of its own; several may stand side by side."""
-    return f"token_id:{token}"
+    def _spell(self, token: int) -> str:
+        """A token's text, or its number where it has none of its own; several may stand side by side."""
+        data = self.bytes_of(token)
+        text = data.decode(errors="ignore")
+        return text if text and text.encode() == data else f"token_id:{token}"
 
 
 def usage(costs: Sequence[Usage], choices: int) -> dict[str, Any]:

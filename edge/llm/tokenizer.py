@@ -69,6 +69,10 @@ class Tokenizer:
         stream = self.stream(start=True)
         return "".join(map(stream.push, ids)) + stream.flush()
 
+    def bytes_of(self, token: int) -> bytes:
+        """What a token writes, be it half a character; nothing for special tokens."""
+        return self._pieces.of(token)
+
     def stream(self, start: bool = False) -> "Detokenizer":
         """Text as tokens come. `start`: a text begins here, so that the space that sentencepiece puts before a text
         is dropped; else the ids go on where a prompt ended, and the space stays.

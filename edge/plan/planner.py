@@ -138,9 +138,9 @@ def _advice(rows: Sequence[Row], bounds: Bounds) -> str:
     worst = max(counts, key=lambda name: counts[name])
     nearest = min(rows, key=lambda row: (len(row.breaks), worst not in row.breaks, row.latency_s))
     values: dict[str, Callable[[], object]] = {
-        "deadline_s": lambda: f"{nearest.longest_s:.3g}",
-        "memory_bytes": lambda: nearest.option.memory_bytes,
-        "energy_j": lambda: f"{energy_j(nearest.option, bounds):.3g}",
+        "deadline_s": lambda: _enough(nearest.longest_s),
+        "memory_bytes": lambda: _memory(nearest.option.memory_bytes),
+        "energy_j": lambda: _enough(energy_j(nearest.option, bounds)),
         "accuracy": lambda: nearest.option.accuracy,
         "keep_input": lambda: "false",
     }
@@ -149,3 +149,14 @@ def _advice(rows: Sequence[Row], bounds: Bounds) -> str:
         f"No option keeps all bounds, and {worst} excludes most ({counts[worst]} of {len(rows)}): "
         f"set {wanted} to allow '{nearest.option.name}'."
     )
+
+
+def _enough(figure: float) -> str:
+    """Three digits of it, rounded up: who sets this bound keeps it."""
+    short = float(f"{figure:.2e}")
+    return f"{short if short >= figure * (1 - 1e-9) else short + 10.0 ** (math.floor(math.log10(figure)) - 2):.3g}"
+
+
+def _memory(size: int | None) -> str:
+    """Bytes, and megabytes rounded up as `--memory` takes them."""
+    return "None" if size is None else f"{size} ({math.ceil(size / 1e5) / 10:g} MB)"

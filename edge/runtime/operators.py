@@ -88,7 +88,10 @@ def _trace(
         session = onnxruntime.InferenceSession(str(kept / GRAPH), chosen, providers=["CPUExecutionProvider"])
         for _ in range(repeats):
             session.run(outputs, dict(inputs))
-        events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
+        try:
+            events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"The profile cannot be kept in {scratch} ({error}); is the disk full?") from None
     least: dict[tuple[str, str], float] = {}
     for event in events:
         name = event.get("name", "")

@@ -22,7 +22,7 @@ def check(tensors: tuple[Tensor, ...], inputs: Mapping[str, Array]) -> None:
         )
         if dtype != tensor.dtype or not fits:
             want = f"{tensor.dtype} {list(tensor.shape)}"
-            raise RefusedTensor(f"{tensor.name!r} must be {want} (negative is free), but is {dtype} {list(shape)}.")
+            raise RefusedTensor(f"{tensor.name!r} must be {want} (below 0: any), but is {dtype} {list(shape)}.")
 
 
 def example(tensors: tuple[Tensor, ...]) -> dict[str, Array]:

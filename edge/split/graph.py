@@ -48,8 +48,10 @@ class Graph:
         return tuple(value.name for value in self.model.graph.output)
 
     def tensor(self, name: str) -> Tensor:
-        """Type and shape of a tensor. Raises CannotCut where the graph does not tell."""
+        """Type and shape of a tensor. Raises CannotCut where there is none, or the graph does not tell."""
         if name not in self.tensors:
+            if name not in self.inputs and not any(name in node.outputs for node in self.nodes):
+                raise CannotCut(f"The graph makes no tensor {name!r}; mend the name.")
             raise CannotCut(
                 f"The shape of the tensor {name!r} is unknown but for its batch; "
                 "give the inputs' shapes, or export the model with fixed ones."
