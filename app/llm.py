@@ -17,7 +17,6 @@ from fedge.edge.llm.group.division import everyone, planned
 from fedge.edge.llm.group.group import Group
 from fedge.edge.llm.group.local import local
 from fedge.edge.llm.handle import Handle
-from fedge.edge.llm.model import Model
 from fedge.edge.llm.quant import Kind
 from fedge.edge.llm.requests import Piece, Request
 from fedge.edge.llm.sampler import Sampling
@@ -98,7 +97,7 @@ class Engine:
                 context=self.context,
                 limits=limits,
                 recover=self.group.recover,
-                between=self._between,
+                between=self.group.improve,
             )
             self._opened.callback(self.engine.close)
         except BaseException:
@@ -148,7 +147,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _between(self) -> Model | None:
-        """Take in devices that have come, where that is worth it."""
-        return self.group.form(FORM_S) if self.group.better() else None

@@ -187,7 +187,7 @@ def join(
     from fedge.edge.llm.group.blocks import spare_bytes
     from fedge.llm import default_store
 
-    called = name or platform.node() or "device"
+    called = llm_inputs.device_name(name or platform.node() or "device")
     device.run(
         head,
         name=called,

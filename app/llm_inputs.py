@@ -48,6 +48,13 @@ def kind(name: str) -> Kind:
     raise ExperimentError(f"There is no kind {name!r}; choose one of {', '.join(KINDS)}.")
 
 
+def device_name(name: str) -> str:
+    """Raises ExperimentError for what cannot also name a folder of shards."""
+    if name in (".", "..") or not name.isprintable() or set(name) & {"/", "\\"}:
+        raise ExperimentError(f"{name!r} cannot be a device's name; use letters, digits and dashes.")
+    return name
+
+
 def numbers(text: str) -> list[float]:
     """Positive numbers between commas; none for an empty text. Raises ExperimentError."""
     try:

@@ -52,7 +52,7 @@ class Worker:
         self.states, self.error, self.stop = [], None, threading.Event()
         fixed = {"memory_bytes": MEMORY, "kernel": KERNEL, "speed": SPEED, "limits": LIMITS}
         settings = {**fixed, "name": name, "store": store, **settings}
-        self._thread = threading.Thread(target=self._run, args=(address, settings))
+        self._thread = threading.Thread(target=self._run, args=(address, settings), daemon=True)
         self._thread.start()
 
     def _run(self, address, settings):

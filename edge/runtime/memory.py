@@ -13,8 +13,6 @@ import msgspec
 
 from fedge.core.errors import ModelError
 from fedge.edge.bundle import Bundle
-from fedge.edge.runtime.sessions import open_piece
-from fedge.edge.runtime.tensors import example
 
 ROLLUP = Path("/proc/self/smaps_rollup")
 
@@ -59,6 +57,9 @@ def piece_memory(
 
 def main(folder: str, start: str, end: str, threads: str, cache: str) -> None:
     """The child: the bundle comes on the standard input, the result goes to the standard output."""
+    from fedge.edge.runtime.sessions import open_piece  # onnxruntime, which who only asks for `resident` may not need
+    from fedge.edge.runtime.tensors import example
+
     bundle = msgspec.json.decode(sys.stdin.buffer.read(), type=Bundle)
     before = resident()
     runner = open_piece(Path(folder), bundle, start, end, threads=int(threads), cache=Path(cache) if cache else None)

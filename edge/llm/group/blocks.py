@@ -26,7 +26,7 @@ def open_blocks(shard: Shard, memory_bytes: int, limits: LlmLimits, kernel: str 
     """
     streamed = 0 < memory_bytes < sum(block.bytes for block in shard.blocks)
     config = shard.config
-    shape = (max(2 * config.ffn // shard.ranks, 1), config.hidden)
+    shape = (config.ffn, config.hidden)  # the same for every division, so that a new one need not measure
     chosen = kernels.named(kernel, shard.kind) if kernel else _fastest(shard.kind, streamed, shape, limits.kernel_s)
     return Window(shard, chosen, memory_bytes, limits=limits) if streamed else Resident(shard, chosen)
 

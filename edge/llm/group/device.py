@@ -84,7 +84,7 @@ def run(
     with contextlib.ExitStack() as opened:
         folder = Store(store, limits)
         opened.callback(folder.close)
-        listener = opened.enter_context(listen("127.0.0.1" if is_local(host) else "", data_port))
+        listener = opened.enter_context(listen("" if secure else host.strip("[]"), data_port))
         identity = security.identity() if secure else None
         known = speed or speeds(store)
         hello = pb.Hello(
@@ -203,6 +203,8 @@ class _Session:
     def _obey(self, order: pb.Order) -> None:
         match order.WhichOneof("what"):
             case "welcome":
+                if order.welcome.protocol != messages.PROTOCOL:
+                    raise ExperimentError("The head speaks another protocol; install the same version of fedge there.")
                 self.welcome = True
                 self._device.on_state("waiting for work")
             case "load":

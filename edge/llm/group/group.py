@@ -97,9 +97,9 @@ class Group:
         secure = bool(ticket and ticket.certificate)
         self._identity = security.identity() if secure else None
         host, _ = addresses.parse(listen)
-        self._listener = listen_for_ranks("127.0.0.1" if is_local(host) else "", data_port)
+        self._listener = listen_for_ranks(host.strip("[]") if is_local(host) else "", data_port)
         welcome = pb.Welcome(protocol=PROTOCOL, model=folder.digest, kind=kind)
-        ranks = Ranks(self._roster, welcome, self._cuts.find, ticket.token if ticket else "", limits)
+        ranks = Ranks(self._roster, welcome, self._cuts.find, ticket, limits)
         try:
             self._server, self._pool, self.address = serve(ranks, listen, ticket, key, limits)
         except AddressError:
@@ -115,6 +115,12 @@ class Group:
     def names(self) -> tuple[str, ...]:
         """The devices of the present group, by rank."""
         return self._division.names if self._division else ()
+
+    @property
+    def sent_bytes(self) -> int:
+        """What the head has sent to the other ranks of the present group."""
+        model = self._model
+        return model.sent_bytes if model else 0
 
     def devices(self) -> tuple[Member, ...]:
         """Who is there, beside the head."""
@@ -132,10 +138,7 @@ class Group:
                 f"{len(self._roster.members)} of {self._wanted} devices have come within {timeout_s:g} s; start "
                 "`fedge llm join` on the others, or ask for fewer."
             )
-        model = self._formed(due_at)
-        if self._plan(self._everybody()).names != self.names:
-            model = self._formed(due_at)
-        return model
+        return self._measured(due_at)
 
     def recover(self) -> Model:
         """A group of those that are there now, or the head alone: after a rank was lost, or for a better one.
@@ -146,10 +149,12 @@ class Group:
         return self._formed(time.monotonic() + self._limits.load_timeout_s)
 
     def better(self) -> bool:
-        """Whether devices that the group does not use would make it faster."""
+        """Whether one of the group's devices is gone, or others that it does not use would make it faster."""
         now = self._division
         if now is None:
             return False
+        if set(now.names[1:]) - set(membership.in_epoch(self._roster.members, self._epoch, Phase.RUNNING)):
+            return True
         free = {one.name for one in self._roster.usable()}
         if not free - set(now.names):
             return False
@@ -165,8 +170,11 @@ class Group:
         return present.token_s is None or new.token_s < GAIN * present.token_s
 
     def improve(self) -> Model | None:
-        """A model of a better group if there is one, else None: what an engine asks between requests. Raises as `form`."""
-        return self.recover() if self.better() else None
+        """A model of a better group if there is one, else None: what an engine asks between requests.
+
+        Raises as `form`.
+        """
+        return self._measured(time.monotonic() + self._limits.load_timeout_s) if self.better() else None
 
     def close(self) -> None:
         """End the group, dismiss all devices, stop serving. May be called twice."""
@@ -185,6 +193,14 @@ class Group:
         self.close()
 
     # ---- epochs --------------------------------------------------------------------------------
+
+    def _measured(self, due_at: float) -> Model:
+        """Form a group; where its links turn out too slow, once more without the devices that do not help."""
+        model = self._formed(due_at)
+        useless = set(self.names) - set(self._plan(self._everybody()).names)
+        for name in useless:
+            self._roster.rest(name, "The others are faster without it.", self._limits.useless_s)
+        return self._formed(due_at) if useless else model
 
     def _formed(self, due_at: float) -> Model:
         """Try with whoever is usable; a device that fails rests, so that the next try differs."""
@@ -306,7 +322,7 @@ class Group:
         """Leave out a device that could not be met, so that the next try goes without it."""
         names = self.names
         if 0 < error.rank < len(names):
-            self._roster.rest(names[error.rank], str(error))
+            self._roster.rest(names[error.rank], str(error), self._limits.rest_s)
 
     def _everybody(self) -> list[Offer]:
         """The head, the devices of the present group, and those that are free."""

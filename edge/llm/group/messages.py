@@ -6,6 +6,7 @@ nothing else. Must never run a call, nor decide what follows.
 
 import math
 import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,8 +66,11 @@ def report(data: bytes, limits: LlmLimits) -> pb.Report:
     return found
 
 
-def hello(told: pb.Hello, host: str, limits: LlmLimits) -> Hello:
-    """A device's first report, which came from `host`. Raises DataError, OtherProtocolError."""
+def hello(told: pb.Hello, host: str, limits: LlmLimits, *, secure: bool = False) -> Hello:
+    """A device's first report, which came from `host`; `secure` ones must have a certificate.
+
+    Raises DataError, OtherProtocolError.
+    """
     if told.protocol != PROTOCOL:
         raise OtherProtocolError(f"The head speaks protocol {PROTOCOL}, the device {told.protocol}; {_AGAIN}.")
     name = told.name
@@ -75,6 +79,7 @@ def hello(told: pb.Hello, host: str, limits: LlmLimits) -> Hello:
     _require(len(name.encode()) <= limits.max_device_name_bytes, "its name is too long")
     _require(bool(re.fullmatch("[0-9a-f]{32}", told.incarnation)), "its incarnation is none")
     _require(len(told.certificate) <= limits.max_certificate_bytes, "its certificate is too long")
+    _require(_is_certificate(told.certificate) if told.certificate else not secure, "its certificate is none")
     _require(len(told.shards) <= limits.max_known_shards, "it knows too many shards")
     _require(all(map(_DIGEST.fullmatch, told.shards)), "a digest is none")
     speeds = dict(told.weights_per_s)
@@ -115,6 +120,15 @@ def join_host(address: str, host: str) -> str:
     """The address with `host` where it has none. Raises DataError."""
     own, port = _address(address)
     return f"{own or host}:{port}"
+
+
+def _is_certificate(text: str) -> bool:
+    """Whether TLS can take it; or one device could keep a whole group from meeting."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
+    except (ssl.SSLError, ValueError):
+        return False
+    return True
 
 
 def _address(address: str) -> tuple[str, int]:

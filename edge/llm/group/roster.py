@@ -27,15 +27,14 @@ class Seat:
     """One device's stream: the orders it has still to be sent, None being the last."""
 
     name: str
-    orders: queue.Queue[pb.Order | None] = field(default_factory=lambda: queue.Queue(_MAX_ORDERS))
+    orders: queue.SimpleQueue[pb.Order | None] = field(default_factory=queue.SimpleQueue)
 
     def put(self, order: pb.Order | None) -> None:
         """Nothing is lost but to a device that reads no more."""
-        try:
-            self.orders.put_nowait(order)
-        except queue.Full:
-            self.orders.get_nowait()
-            self.put(None)
+        if self.orders.qsize() < _MAX_ORDERS:
+            self.orders.put(order)
+        elif self.orders.qsize() == _MAX_ORDERS:
+            self.orders.put(None)
 
     def end(self, reason: str, detail: str) -> None:
         """Dismiss the device."""
@@ -113,10 +112,10 @@ class Roster:
                 self._members = membership.happen(self._members, name, Event.END, epoch)
             self._changed.notify_all()
 
-    def rest(self, name: str, detail: str) -> None:
-        """Leave a device out for a while."""
+    def rest(self, name: str, detail: str, seconds: float) -> None:
+        """Leave a device out for so long."""
         with self._changed:
-            until = self._clock() + self._limits.rest_s
+            until = self._clock() + seconds
             self._members = membership.rest(self._members, name, until, clip(detail))
 
     def usable(self) -> tuple[Member, ...]:

@@ -32,8 +32,12 @@ Find = Callable[[str], Path | None]
 class Ranks:
     """The two calls. `find` gives the file of a shard that may be fetched, by its digest."""
 
-    def __init__(self, roster: Roster, welcome: pb.Welcome, find: Find, token: str, limits: LlmLimits) -> None:
-        self._roster, self._find, self._token, self._limits = roster, find, token, limits
+    def __init__(
+        self, roster: Roster, welcome: pb.Welcome, find: Find, ticket: Ticket | None, limits: LlmLimits
+    ) -> None:
+        self._roster, self._find, self._limits = roster, find, limits
+        self._token = ticket.token if ticket else ""
+        self._secure = bool(ticket and ticket.certificate)
         self._welcome = pb.Order(welcome=welcome)
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -49,11 +53,14 @@ class Ranks:
     def join(self, reports: Iterator[bytes], context: Context) -> Iterator[pb.Order]:
         """One device's stream."""
         self._admit(context)
+        patience = threading.Timer(self._limits.connect_timeout_s, context.cancel)
+        patience.daemon = True
+        patience.start()
         try:
             first = messages.report(next(reports), self._limits)
-            hello = messages.hello(first.hello, _host(context.peer()), self._limits)
+            hello = messages.hello(first.hello, _host(context.peer()), self._limits, secure=self._secure)
             seat = self._roster.enter(hello)
-        except StopIteration:
+        except (StopIteration, grpc.RpcError):  # it is gone, or says nothing
             return
         except messages.OtherProtocolError as error:
             yield messages.dismiss("PROTOCOL", str(error))
@@ -61,6 +68,8 @@ class Ranks:
         except FedgeError as error:
             yield messages.dismiss(error.reason, str(error))
             return
+        finally:
+            patience.cancel()
         threading.Thread(target=self._listen, args=(reports, seat), name="fedge-reports", daemon=True).start()
         try:
             yield self._welcome
@@ -91,10 +100,11 @@ class Ranks:
                 self._roster.report(seat, messages.report(data, self._limits))
         except DataError as error:
             seat.put(messages.dismiss(error.reason, str(error)))
-        except Exception:  # noqa: S110 -- gRPC's own way to say that the stream is over
+        except grpc.RpcError:  # the device is gone
             pass
-        seat.put(None)
-        self._roster.leave(seat)
+        finally:
+            seat.put(None)
+            self._roster.leave(seat)
 
     def _admit(self, context: Context) -> None:
         given = dict(context.invocation_metadata()).get(messages.TOKEN_KEY, "")

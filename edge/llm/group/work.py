@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fedge.core.errors import FedgeError, ModelError, RankLost
 from fedge.core.limits import LlmLimits
@@ -57,6 +58,7 @@ class Work:
         self._before = before
         self._stopping, self._started = threading.Event(), threading.Event()
         self._mesh: Mesh | None = None
+        self._call: Any = None
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name=f"fedge-epoch-{self.epoch}", daemon=True)
         self._thread.start()
@@ -71,6 +73,8 @@ class Work:
         with self._lock:
             if self._mesh is not None:
                 self._mesh.close()
+            if self._call is not None:
+                self._call.cancel()
 
     def join(self, timeout_s: float) -> bool:
         """Whether it is over within this time."""
@@ -119,7 +123,7 @@ class Work:
         """Its shard, which is fetched a second time where it cannot be opened."""
         load, store, limits = self._load, self._own.store, self._own.limits
         for last in (False, True):
-            path = download(store, self._fetch, load.digest, load.bytes, self._stopping, limits)
+            path = download(store, self._begin, load.digest, load.bytes, self._stopping, limits)
             try:
                 return self._fitting(path)
             except ModelError:
@@ -127,6 +131,12 @@ class Work:
                 if last:
                     raise
         raise AssertionError("unreachable")
+
+    def _begin(self, request: pb.FetchRequest) -> Any:
+        """A call that `end` cancels."""
+        with self._lock:
+            self._call = self._fetch(request)
+            return self._call
 
     def _fitting(self, path: Path) -> Shard:
         shard = open_shard(path, self._own.limits)

@@ -1,0 +1,503 @@
+"""A head and its workers over a real server: who is let in, and what becomes of shards, orders and nonsense."""
+
+import contextlib
+import secrets
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+
+import grpc
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedge.core.errors import AddressError, ExperimentError, ModelError, StaleIncarnation
+from fedge.edge.llm import security
+from fedge.edge.llm.config import Config, Rope
+from fedge.edge.llm.engine import Engine
+from fedge.edge.llm.group import device
+from fedge.edge.llm.group import group as groups
+from fedge.edge.llm.group.division import HOPED, Division, everyone, planned
+from fedge.edge.llm.group.messages import PROTOCOL, TOKEN_KEY, Offer
+from fedge.edge.llm.group.service import SERVICE
+from fedge.edge.llm.requests import Request
+from fedge.edge.llm.sampler import Sampling
+from fedge.edge.llm.security import Ticket
+from fedge.edge.llm.shares import even
+from fedge.edge.plan.link import Link
+from fedge.protos import llm_pb2 as pb
+from tests.llm_fixture import folder
+from tests.llm_group_head import LIMITS, MEMORY, PROMPT, Worker, alone, greedy, head, until
+
+
+@pytest.fixture
+def model(tmp_path):
+    return folder(tmp_path)
+
+
+@pytest.fixture
+def group(model, tmp_path):
+    with head(model, tmp_path / "head") as made:
+        yield made
+
+
+@contextmanager
+def calls(address, token=""):
+    """The two calls as a stranger would make them, with bytes of any kind."""
+    metadata = ((TOKEN_KEY, token),)
+    with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        join = channel.stream_stream(f"/{SERVICE}/Join", None, pb.Order.FromString)
+        fetch = channel.unary_stream(f"/{SERVICE}/Fetch", pb.FetchRequest.SerializeToString, pb.Chunk.FromString)
+        yield (
+            lambda reports: join(iter(reports), metadata=metadata, timeout=10),
+            lambda request: fetch(request, metadata=metadata, timeout=10),
+        )
+
+
+def hello(name="x", **changes):
+    told = pb.Hello(protocol=PROTOCOL, name=name, incarnation=secrets.token_hex(16), disk_bps=1.0, data_address=":7000")
+    told.MergeFrom(pb.Hello(**changes))
+    return pb.Report(hello=told).SerializeToString()
+
+
+def test_two_workers_answer_like_one_rank(model, tmp_path):
+    answer = alone(model, tmp_path / "alone")
+    with (
+        head(model, tmp_path / "head", wanted=2) as group,
+        Worker(group.address, tmp_path / "a", "a") as a,
+        Worker(group.address, tmp_path / "b", "b"),
+    ):
+        assert greedy(group.form(10)) == answer
+        assert sorted(group.names) == ["a", "b", "head"]
+        assert sorted(one.phase for one in group.devices()) == ["running", "running"]
+        until(lambda: all(one.private_bytes > 1 << 20 for one in group.devices()))
+        assert any("computing" in one for one in a.states)
+        group.close()
+        until(lambda: "waiting for the head" in a.states)
+        assert any("dismissed: The head has ended" in one for one in a.states)
+
+
+def test_a_group_over_tls_lets_in_who_has_the_ticket(model, tmp_path):
+    answer = alone(model, tmp_path / "alone")
+    path = security.make_ticket(tmp_path / "ticket")
+    ticket, key = security.read_ticket(path), security.read_key(tmp_path / "ticket")
+    with (
+        head(model, tmp_path / "head", wanted=1, ticket=ticket, key=key) as group,
+        Worker(group.address, tmp_path / "a", ticket=ticket),
+    ):
+        stranger = Worker(group.address, tmp_path / "b", "b", ticket=Ticket(ticket.certificate, "another token here"))
+        stranger.wait()
+        assert isinstance(stranger.error, ExperimentError)
+        assert "copy ticket.json" in str(stranger.error)
+        other = security.identity()[0]
+        with Worker(group.address, tmp_path / "c", "c", ticket=Ticket(other, ticket.token)) as wrong:
+            assert greedy(group.form(10)) == answer
+            assert [one.name for one in group.devices()] == ["a"]
+        assert wrong.error is None
+        assert not any("waiting for work" in one for one in wrong.states)
+
+
+def test_a_word_keeps_strangers_on_the_same_machine_out(model, tmp_path):
+    with (
+        head(model, tmp_path / "head", ticket=Ticket("", "the word of the test")) as group,
+        calls(group.address, "another") as (join, fetch),
+    ):
+        for call in (join([hello()]), fetch(pb.FetchRequest(digest="0" * 64))):
+            with pytest.raises(grpc.RpcError) as refused:
+                next(call)
+            assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        with Worker(group.address, tmp_path / "a", ticket=Ticket("", "the word of the test")):
+            until(group.devices)
+
+
+def test_what_can_never_work_is_refused_at_once(model, tmp_path, group):
+    with pytest.raises(AddressError, match="give a ticket"), head(model, tmp_path / "b", listen="0.0.0.0:0"):
+        pass
+    with pytest.raises(AddressError, match="Cannot listen"), head(model, tmp_path / "c", listen=group.address):
+        pass
+    with pytest.raises(ExperimentError, match="cannot be"), head(model, tmp_path / "d", slots=1000):
+        pass
+    with pytest.raises(ExperimentError, match="another machine"):
+        device.run("10.255.255.1:7000", name="a", memory_bytes=1, store=tmp_path / "e", limits=LIMITS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExperimentError, match="cannot be used"), head(model, tmp_path / "file"):
+        pass
+
+
+def test_too_few_devices_are_said_in_time(model, tmp_path):
+    with (
+        head(model, tmp_path / "head", wanted=2) as group,
+        Worker(group.address, tmp_path / "a"),
+        pytest.raises(AddressError, match="1 of 2 devices have come within 1 s"),
+    ):
+        group.form(1)
+
+
+def test_another_protocol_ends_a_worker_with_a_sentence(group, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedge.edge.llm.group.messages.PROTOCOL", PROTOCOL + 1)
+    with calls(group.address) as (join, _):
+        (order,) = join([hello()])
+    assert order.dismiss.reason == "PROTOCOL"
+    assert "install the same version" in order.dismiss.detail
+
+
+def test_a_head_of_another_protocol_ends_a_worker_too(group, tmp_path):
+    with Worker(group.address, tmp_path / "a") as worker:
+        until(group.devices)
+        group._roster._seats["a"].put(pb.Order(welcome=pb.Welcome(protocol=PROTOCOL + 1)))
+        worker.wait()
+    assert "another protocol" in str(worker.error)
+
+
+def test_a_worker_that_is_refused_for_good_ends(group, tmp_path):
+    worker = Worker(group.address, tmp_path / "a", "head")
+    worker.wait()
+    assert isinstance(worker.error, ExperimentError)
+
+
+def test_another_of_the_same_name_replaces_the_first(group, tmp_path):
+    first = Worker(group.address, tmp_path / "a")
+    until(group.devices)
+    old = group.devices()[0].hello.incarnation
+    with Worker(group.address, tmp_path / "b"):
+        first.wait()
+        assert isinstance(first.error, StaleIncarnation)
+        until(lambda: group.devices() and group.devices()[0].hello.incarnation != old)
+
+
+def test_more_devices_than_the_limit_wait_outside(model, tmp_path):
+    with (
+        head(model, tmp_path / "head", limits=replace(LIMITS, max_ranks=2)) as group,
+        Worker(group.address, tmp_path / "a", "a") as first,
+    ):
+        until(group.devices)
+        with Worker(group.address, tmp_path / "b", "b") as second:
+            until(lambda: any("The group has its 2 devices" in one for one in second.states))
+            first.end()
+            until(lambda: [one.name for one in group.devices()] == ["b"])
+
+
+def test_a_shard_is_sent_from_any_offset_and_nothing_else_is(model, tmp_path):
+    with head(model, tmp_path / "head") as group:
+        group.form(5)
+        (path,) = (tmp_path / "head").glob("cut-*/*.safetensors")
+        digest = security.json.loads((path.parent / "cut.json").read_text())[0]["digest"]
+        with calls(group.address) as (_, fetch):
+            for offset in (0, 5000, path.stat().st_size, 1 << 60):
+                got = b"".join(chunk.data for chunk in fetch(pb.FetchRequest(digest=digest, offset=offset)))
+                assert got == path.read_bytes()[offset:]
+            for wrong in ("", "0" * 64, "../cut.json", str(path)):
+                with pytest.raises(grpc.RpcError) as refused:
+                    next(fetch(pb.FetchRequest(digest=wrong)))
+                assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=60),
+            st.builds(
+                lambda epoch, rank, detail: pb.Report(
+                    broken=pb.Broken(epoch=epoch, rank=rank, detail=detail)
+                ).SerializeToString(),
+                st.integers(0, 2**64 - 1),
+                st.integers(-(2**31), 2**31 - 1),
+                st.text(max_size=20),
+            ),
+            st.builds(lambda epoch: pb.Report(ready=pb.Ready(epoch=epoch)).SerializeToString(), st.integers(0, 2)),
+            st.builds(lambda: hello("y")),
+        ),
+        max_size=5,
+    ),
+    st.booleans(),
+)
+def test_nonsense_ends_the_stream_that_it_came_from_and_nothing_else(group, reports, polite):
+    with calls(group.address) as (join, _):
+        orders = list(join([*([hello()] if polite else []), *reports]))
+    assert {one.WhichOneof("what") for one in orders} <= {"welcome", "dismiss"}
+    assert until(lambda: group.devices() == ())
+
+
+def test_who_says_nothing_and_who_says_too_much_is_cut_off(model, tmp_path):
+    with (
+        head(model, tmp_path / "head", limits=replace(LIMITS, connect_timeout_s=0.2)) as group,
+        calls(group.address) as (join, _),
+    ):
+        quiet = threading.Event()
+
+        def nothing():
+            quiet.wait(10)
+            return
+            yield
+
+        with pytest.raises(grpc.RpcError) as refused:
+            next(join(nothing()))
+        assert refused.value.code() == grpc.StatusCode.CANCELLED
+        quiet.set()
+        with pytest.raises(grpc.RpcError) as refused:
+            list(join([hello(certificate="x" * LIMITS.max_report_bytes)]))
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert group.devices() == ()
+
+
+def test_a_worker_survives_orders_that_make_no_sense(model, tmp_path, group, monkeypatch):
+    answer = alone(model, tmp_path / "alone")
+    with Worker(group.address, tmp_path / "a") as worker:
+        until(group.devices)
+        roster = group._roster
+        for order in (
+            pb.Order(),
+            pb.Order(start=pb.Start(epoch=7)),
+            pb.Order(load=pb.Load(epoch=9, rank=3)),
+            pb.Order(welcome=pb.Welcome(protocol=PROTOCOL)),
+        ):
+            roster._seats["a"].put(order)
+        assert greedy(group.form(10)) == answer
+        assert group.names == ("head", "a")
+        assert worker.error is None
+
+
+def test_a_load_ends_what_was_loaded_before(model, tmp_path):
+    answer = alone(model, tmp_path / "alone")
+    load = pb.Load(epoch=99, rank=1, digest="0" * 64, bytes=10, key=b"0" * 32, slots=1, context=9)
+    load.peers.extend([pb.Peer(address=":7000")] * 2)
+    with head(model, tmp_path / "head", wanted=1) as group, Worker(group.address, tmp_path / "a"):
+        formed = group.form(10)
+        group._roster._seats["a"].put(pb.Order(load=load))
+        until(lambda: group.devices()[0].phase == "free")
+        with pytest.raises(groups.RankLost):
+            greedy(formed)
+        assert greedy(group.recover()) == answer
+        assert group.names == ("head", "a")
+
+
+def test_a_worker_without_room_on_its_disk_is_left_out_for_a_while(model, tmp_path):
+    answer = alone(model, tmp_path / "alone")
+    small = replace(LIMITS, max_store_bytes=1000)
+    with (
+        head(model, tmp_path / "head", wanted=2) as group,
+        Worker(group.address, tmp_path / "a", "a", limits=small),
+        Worker(group.address, tmp_path / "b", "b"),
+    ):
+        assert greedy(group.form(10)) == answer
+        assert group.names == ("head", "b")
+        resting = {one.name: one.detail for one in group.devices()}
+        assert "allow more" in resting["a"]
+        assert not group.better()
+
+
+def test_a_shard_that_is_another_than_promised_is_no_end(model, tmp_path, monkeypatch):
+    """The head's file changes after its digest was taken; the worker refuses it, and the head goes on alone."""
+    answer = alone(model, tmp_path / "alone")
+    make = groups.Cuts.make
+
+    def spoil(self, shares):
+        cuts = make(self, shares)
+        if len(cuts) > 1:
+            cuts[1].path.write_bytes(cuts[1].path.read_bytes()[:-1] + b"!")
+        return cuts
+
+    monkeypatch.setattr(groups.Cuts, "make", spoil)
+    with head(model, tmp_path / "head", wanted=1) as group, Worker(group.address, tmp_path / "a"):
+        assert greedy(group.form(10)) == answer
+        assert group.names == ("head",)
+        assert "could not be fetched" in group.devices()[0].detail
+
+
+def test_a_shard_of_another_rank_is_refused_and_fetched_again_once(model, tmp_path, monkeypatch):
+    fetched = []
+    make = groups.Cuts.make
+    monkeypatch.setattr(groups.Cuts, "make", lambda self, shares: list(reversed(make(self, shares))))
+    monkeypatch.setattr(groups.Cuts, "find", lambda self, digest: fetched.append(digest) or self._known.get(digest))
+    # Alone there is one order only, so the head's own shard is right again.
+    with head(model, tmp_path / "head", wanted=1) as group, Worker(group.address, tmp_path / "a"):
+        group.form(10)
+        assert group.names == ("head",)
+        assert "The shard is of rank 0 of 2" in group.devices()[0].detail
+    assert len(fetched) == 2
+
+
+def test_a_shard_that_lies_there_already_is_not_fetched_again(model, tmp_path, monkeypatch):
+    fetched = []
+    find = groups.Cuts.find
+    monkeypatch.setattr(groups.Cuts, "find", lambda self, digest: fetched.append(digest) or find(self, digest))
+    for _ in range(2):
+        with head(model, tmp_path / "head", wanted=1) as group, Worker(group.address, tmp_path / "a"):
+            group.form(10)
+    assert len(fetched) == 1
+
+
+def test_a_download_that_is_cut_goes_on_where_it_stood(model, tmp_path, monkeypatch):
+    answer, offsets = alone(model, tmp_path / "alone"), []
+    fetch = groups.Ranks.fetch
+
+    def cut(self, request, context):
+        offsets.append(request.offset)
+        for number, chunk in enumerate(fetch(self, request, context)):
+            if number == 2 and len(offsets) < 3:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+            yield chunk
+
+    monkeypatch.setattr(groups.Ranks, "fetch", cut)
+    with head(model, tmp_path / "head", wanted=1) as group, Worker(group.address, tmp_path / "a"):
+        assert greedy(group.form(10)) == answer
+        assert group.names == ("head", "a")
+    step = 2 * LIMITS.fetch_chunk_bytes
+    assert offsets == [0, step, 2 * step]
+
+
+def test_a_window_holds_what_the_memory_cannot(tmp_path):
+    model = folder(tmp_path, layers=6)
+    answer = alone(model, tmp_path / "alone")
+    keys = 2 * 4 * 6 * 16 * 2 * 128  # of one key/value head
+    with (
+        head(model, tmp_path / "head", wanted=1) as group,
+        Worker(group.address, tmp_path / "a", memory_bytes=keys + 100_000),
+    ):
+        assert greedy(group.form(10)) == answer
+    with (
+        head(model, tmp_path / "head", wanted=1) as group,
+        Worker(group.address, tmp_path / "a", memory_bytes=keys),
+    ):
+        group.form(10)
+        assert group.names == ("head",)
+        assert "of memory cannot hold" in group.devices()[0].detail
+
+
+def test_a_head_that_comes_back_finds_its_workers(model, tmp_path):
+    answer = alone(model, tmp_path / "alone")
+    with head(model, tmp_path / "head", wanted=1) as first:
+        worker = Worker(first.address, tmp_path / "a")
+        first.form(10)
+    with head(model, tmp_path / "head", wanted=1, listen=first.address) as second:
+        assert greedy(second.form(10)) == answer
+        assert second.names == ("head", "a")
+    worker.end()
+    assert worker.error is None
+    assert worker.states[-1] == "stopped"
+
+
+def test_a_worker_that_leaves_and_one_that_comes(model, tmp_path):
+    answer = alone(model, tmp_path / "alone")
+    with head(model, tmp_path / "head", wanted=1) as group:
+        with Worker(group.address, tmp_path / "a", "a"):
+            formed = group.form(10)
+            assert greedy(formed) == answer
+            assert not group.better()
+        until(group.better)
+        with pytest.raises(groups.RankLost):
+            greedy(formed)
+        assert greedy(group.recover()) == answer
+        assert group.names == ("head",)
+        with Worker(group.address, tmp_path / "b", "b"):
+            until(group.better)
+            assert greedy(group.recover()) == answer
+            assert group.names == ("head", "b")
+            with Worker(group.address, tmp_path / "c", "c"):
+                until(group.better)
+                assert greedy(group.recover()) == answer
+                assert set(group.names) == {"head", "b", "c"}
+
+
+def test_a_worker_that_cannot_be_met_is_left_out(model, tmp_path):
+    """Its address leads nowhere for the other worker, which dials it."""
+    answer = alone(model, tmp_path / "alone")
+    with (
+        head(model, tmp_path / "head", wanted=2, limits=replace(LIMITS, rest_s=60, connect_timeout_s=1.0)) as group,
+        Worker(group.address, tmp_path / "a", "a", limits=replace(LIMITS, connect_timeout_s=1.0)),
+        Worker(group.address, tmp_path / "b", "b", limits=replace(LIMITS, connect_timeout_s=1.0)),
+    ):
+        until(lambda: len(group.devices()) == 2)
+        roster = group._roster
+        lost = group.devices()[0]
+        roster._members = {**roster.members, lost.name: replace(lost, hello=replace(lost.hello, address=":1"))}
+        assert greedy(group.form(20)) == answer
+        assert len(group.names) == 2
+
+
+def test_the_planner_takes_those_who_are_worth_it():
+    config = Config(
+        family="llama", layers=22, hidden=2048, ffn=5632, heads=32, kv_heads=4, head_dim=64, vocab=32000,
+        context=2048, eps=1e-5, rope=Rope(), tied=False, qkv_bias=False, o_bias=False, ffn_bias=False,
+        qk_norm=False, window=0, bos=None, eos=(),
+    )  # fmt: skip
+    offers = [Offer(name, {"int8": 1e10}, 4 << 30, 1e9) for name in ("head", "a", "b")]
+    near = planned(config, "int8", offers, Link(1e9, 1e-4), 2048)
+    far = planned(config, "int8", offers, Link(1e7, 5e-2), 2048)
+    assert set(near.names) == {"head", "a", "b"}
+    assert far.names == ("head",)
+    assert 0 < near.token_s < far.token_s
+    with pytest.raises(ModelError):
+        planned(config, "int8", [replace(one, memory_bytes=1000) for one in offers], Link(1e9, 1e-4), 2048)
+
+
+def test_better_asks_the_planner_what_a_device_gains(model, tmp_path):
+    gain = 0.95
+
+    def divide(config, kind, offers, link, kv_tokens):
+        return Division(tuple(one.name for one in offers), even(config, len(offers)), gain ** len(offers))
+
+    with head(model, tmp_path / "head", divide=divide, wanted=1) as group, Worker(group.address, tmp_path / "a"):
+        group.form(10)
+        assert group.names == ("head", "a")
+        with Worker(group.address, tmp_path / "b", "b"):
+            until(lambda: len(group.devices()) == 2)
+            assert not group.better()
+            assert group.improve() is None
+            gain = 0.5
+            assert group.better()
+            group.improve()
+            assert group.names == ("head", "a", "b")
+            assert not group.better()
+
+
+def test_devices_whose_links_turn_out_too_slow_are_left_out(model, tmp_path):
+    answer = alone(model, tmp_path / "alone")
+    links = []
+
+    def divide(config, kind, offers, link, kv_tokens):
+        links.append(link)
+        many = len(offers) if link == HOPED else 1
+        return Division(tuple(one.name for one in offers[:many]), even(config, many), 1.0)
+
+    with head(model, tmp_path / "head", divide=divide, wanted=1) as group, Worker(group.address, tmp_path / "a"):
+        assert greedy(group.form(10)) == answer
+        assert group.epoch == 2
+        assert group.names == ("head",)
+        assert [one.detail for one in group.devices()] == ["The others are faster without it."]
+        assert not group.better()
+    assert links[-1].rtt_s > 0
+
+
+def test_memory_and_names_reach_the_plan(model, tmp_path):
+    seen = []
+
+    def divide(config, kind, offers, link, kv_tokens):
+        seen.append((offers, kv_tokens))
+        return everyone(config, kind, offers, link, kv_tokens)
+
+    with head(model, tmp_path / "head", divide=divide, wanted=1) as group, Worker(group.address, tmp_path / "a"):
+        group.form(10)
+    offers, kv_tokens = seen[0]
+    assert [one.name for one in offers] == ["head", "a"]
+    assert [one.memory_bytes for one in offers] == [MEMORY, MEMORY]
+    assert kv_tokens == 256
+
+
+def test_an_engine_takes_devices_in_and_does_without_them_between_requests(model, tmp_path):
+    answer = alone(model, tmp_path / "alone")
+    with head(model, tmp_path / "head") as group:
+        settings = {"vocab": 128, "slots": 2, "context": 128, "recover": group.recover, "between": group.improve}
+        engine = Engine(group.form(5), None, **settings)
+        try:
+            for names in (("head", "a"), ("head",)):
+                with contextlib.ExitStack() as there:
+                    if len(names) > 1:
+                        there.enter_context(Worker(group.address, tmp_path / "a"))
+                    until(lambda names=names: group.names == names)
+                    pieces = list(engine.submit(Request(PROMPT, 12, Sampling(temperature=0), stop_tokens=())))
+                    assert [piece.token for piece in pieces if piece.token is not None] == answer
+            assert engine.stats()["recoveries"] == 0
+        finally:
+            engine.close()
