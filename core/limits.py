@@ -115,6 +115,7 @@ class LlmLimits:
     settle_s: float = 3.0  # after a rank was lost: how long the others may take to say that they have noticed
     load_timeout_s: float = 1800.0  # to fetch a shard and open it
     rest_s: float = 30.0  # a device that could not load, or not be met, is left out for so long
+    useless_s: float = 600.0  # one without which the others are faster, likewise
     form_tries: int = 8  # a group whose devices fail while it is formed
     kernel_s: float = 1.0  # to measure which kernel is the fastest
     fetch_chunk_bytes: int = 1 << 18

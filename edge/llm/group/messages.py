@@ -14,7 +14,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from fedge.core import addresses
-from fedge.core.errors import AddressError, DataError
+from fedge.core.errors import AddressError, DataError, ExperimentError
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm.about import MAX_SIZE
 from fedge.edge.llm.collectives import COLLECTIVES
@@ -28,10 +28,6 @@ MAX_KINDS = 16
 _MAX_DETAIL = 500  # characters
 _DIGEST = re.compile("[0-9a-f]{64}")
 _AGAIN = "install the same version of fedge on all devices"
-
-
-class OtherProtocolError(DataError):
-    """The other end speaks another version of the protocol."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +65,10 @@ def report(data: bytes, limits: LlmLimits) -> pb.Report:
 def hello(told: pb.Hello, host: str, limits: LlmLimits, *, secure: bool = False) -> Hello:
     """A device's first report, which came from `host`; `secure` ones must have a certificate.
 
-    Raises DataError, OtherProtocolError.
+    Raises DataError, and ExperimentError for another version of the protocol.
     """
     if told.protocol != PROTOCOL:
-        raise OtherProtocolError(f"The head speaks protocol {PROTOCOL}, the device {told.protocol}; {_AGAIN}.")
+        raise ExperimentError(f"The head speaks protocol {PROTOCOL}, the device {told.protocol}; {_AGAIN}.")
     name = told.name
     _require(bool(name) and name.isprintable(), "its name is empty or cannot be printed")
     _require(name != HEAD, f"{HEAD!r} is the name of the head")

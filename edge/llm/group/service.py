@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from fedge.core import addresses
-from fedge.core.errors import AddressError, DataError, FedgeError
+from fedge.core.errors import AddressError, DataError, ExperimentError, FedgeError
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm.group import messages
 from fedge.edge.llm.group.roster import Roster, Seat
@@ -62,7 +62,7 @@ class Ranks:
             seat = self._roster.enter(hello)
         except (StopIteration, grpc.RpcError):  # it is gone, or says nothing
             return
-        except messages.OtherProtocolError as error:
+        except ExperimentError as error:
             yield messages.dismiss("PROTOCOL", str(error))
             return
         except FedgeError as error:
