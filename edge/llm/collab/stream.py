@@ -1,0 +1,99 @@
+"""What waits to be told to one device, between the threads that have something to tell and the one that sends.
+
+Owns the bounds of it: a device that asks and does not read is cut off. Must never judge a message.
+"""
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from fedge.core.limits import LlmLimits
+from fedge.edge.llm.collab.wire import STATES_MISSING, Told
+
+
+class Stream:
+    """One device's replies. `turn` is held while a message of it is taken; `cancel` ends the call."""
+
+    def __init__(self, client: str, cancel: Callable[[], None], limits: LlmLimits) -> None:
+        self.client, self.turn, self.ended = client, threading.Lock(), False
+        self._cancel, self._limits = cancel, limits
+        self._replies: deque[Told] = deque()
+        self._changed = threading.Condition()
+        self._open = 0  # questions without an answer
+        self._finished = False
+        self._gaps: dict[str, int] = {}  # by session, what it was told last that is known
+
+    def next(self) -> Told | None:
+        """The next reply, once there is one; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._replies or self.ended or (self._finished and not self._open))
+            self._changed.notify_all()
+            return self._replies.popleft() if self._replies and not self.ended else None
+
+    def tell(self, reply: Told) -> None:
+        """The answer to a question. Never waits: who does not read is cut off."""
+        with self._changed:
+            self._open -= 1
+            self._replies.append(reply)
+            full = len(self._replies) > self._limits.max_untold + self._limits.max_asks
+            self._changed.notify_all()
+        if full:
+            self._end()
+            self._cancel()
+
+    def reply(self, reply: Told) -> None:
+        """A reply to a message that was no question, or none that can be answered. Waits for room."""
+        with self._changed:
+            room = self._changed.wait_for(
+                lambda: self.ended or len(self._replies) < self._limits.max_untold, self._limits.unread_s
+            )
+            self._replies.append(reply)
+            self._changed.notify_all()
+        if not room:
+            self.cut()
+
+    def news(self, reply: Told | None, session: str) -> Told | None:
+        """A reply to states, unless it is one more about a gap that the device has been told of."""
+        if reply is None or reply.reason != STATES_MISSING:
+            self._gaps.pop(session, None)
+            return reply
+        if self._gaps.get(session) == reply.known:
+            return None
+        if len(self._gaps) >= self._limits.max_sessions:
+            self._gaps.clear()
+        self._gaps[session] = reply.known
+        return reply
+
+    @contextlib.contextmanager
+    def expecting(self) -> Iterator[None]:
+        """One more question will be answered, unless the block raises."""
+        with self._changed:
+            self._open += 1
+        try:
+            yield
+        except BaseException:
+            with self._changed:
+                self._open -= 1
+            raise
+
+    def finish(self) -> None:
+        """The device says nothing more, but listens."""
+        with self._changed:
+            self._finished = True
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Take nothing more, tell nothing more; the message that is being taken comes to its end first."""
+        with self.turn:
+            self._end()
+
+    def cut(self) -> None:
+        """End, and the call with it, even if nobody reads."""
+        self.end()
+        self._cancel()
+
+    def _end(self) -> None:
+        with self._changed:
+            self.ended = True
+            self._changed.notify_all()
