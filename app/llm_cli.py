@@ -199,6 +199,137 @@ def join(
     )
 
 
+@llm.command("train-exits")
+def train_exits(
+    model: ModelFolder,
+    folder: Annotated[
+        Path, typer.Argument(metavar="HALVES", help="Where device and cloud get theirs.", show_default=False)
+    ],
+    layers: Annotated[str, typer.Option(help="Exits after so many layers; the device holds those below the last.")],
+    text: Annotated[Path | None, typer.Option(help="A text file to learn from.")] = None,
+    generate: Annotated[int, typer.Option(min=0, help="Also so many texts that the model writes itself.")] = 0,
+    minutes: Annotated[float, typer.Option(help="Of training.")] = 3.0,
+    agreement: Annotated[float, typer.Option(help="Share of tokens that shall be the full model's.")] = 0.98,
+    kind: KindName = "int8",
+    cloud_kind: Annotated[str, typer.Option(help="How the cloud holds its weights.")] = "int8",
+    seed: int = 0,
+    json: Json = False,
+) -> None:
+    """Train early exits for a model, and cut it into the half of a device and that of a cloud."""
+    from fedge import llm_inputs, llm_runs
+    from fedge.edge_inputs import needs
+
+    needs("torch", "torch")
+    kinds = llm_inputs.kind(kind), llm_inputs.kind(cloud_kind)
+    made = llm_runs.train_exits(
+        model,
+        llm_inputs.layers(layers),
+        folder,
+        text=llm_inputs.text(text),
+        generate=generate,
+        seconds=60 * minutes,
+        agreement=agreement,
+        kinds=kinds,
+        seed=seed,
+        progress=llm_inputs.stages(),
+    )
+    if json:
+        say(made, json, "")
+        return
+    table(
+        ("exit after layer", "ECE", "with temperature", "agrees alone"),
+        [
+            (str(one["layer"]), *(f"{one[key]:.3f}" for key in ("ece_before", "ece", "agreement")))
+            for one in made["exits"]
+        ],
+    )
+    rows = [
+        (f"{row['threshold']:.3f}", f"{100 * row['cloud']:.1f}", f"{100 * row['agreement']:.2f}")
+        for row in made["table"]
+    ]
+    table(("threshold", "asks the cloud, %", "the full model's, %"), rows, "on held-out text; the last one is chosen")
+
+
+@llm.command()
+def cloud(
+    halves: Annotated[Path, typer.Argument(metavar="HALVES", help="Made by train-exits.", show_default=False)],
+    listen: Annotated[str, typer.Option(help="host:port.")] = "127.0.0.1:7460",
+    ticket: Annotated[
+        Path | None, typer.Option(help="A folder for the devices' ticket and its key; needed off loopback.")
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Sequences whose keys and values are kept.")] = 16,
+    context: Context = None,
+    kernel: Kernel = None,
+) -> None:
+    """Continue what devices begin: serve the upper layers of a model."""
+    from fedge import llm_inputs
+    from fedge.edge.llm.collab.cloud import serve_cloud
+    from fedge.edge.llm.collab.halves import open_halves
+
+    secure, key = llm_inputs.make_ticket(ticket)
+    shard = open_halves(halves).cloud()
+    serve_cloud(
+        shard.path,
+        listen,
+        on_listening=lambda address: note(f"continuing on {address}"),
+        ticket=secure,
+        key=key,
+        slots=slots,
+        context=context,
+        kernel=kernel,
+    )
+
+
+@llm.command()
+def device(
+    halves: Annotated[Path, typer.Argument(metavar="HALVES", help="Made by train-exits.", show_default=False)],
+    cloud: Annotated[str | None, typer.Option(help="host:port of `fedge llm cloud`; else the device is alone.")] = None,
+    mode: Annotated[
+        str, typer.Option(help="exits, speculative or standalone; else exits where there is a cloud.")
+    ] = "",
+    threshold: Annotated[float | None, typer.Option(help="For all exits, 1: never; else as trained.")] = None,
+    deadline: Annotated[float, typer.Option(help="Seconds for one question to the cloud.")] = 2.0,
+    coding: Annotated[str, typer.Option(help="Of states that go up: f16, f32 or u8.")] = "f16",
+    ticket: TicketFile = None,
+    listen: Annotated[str, typer.Option(help="host:port of the HTTP API.")] = "127.0.0.1:8000",
+    ask: Annotated[str, typer.Option(help="Continue this text, say where each token came from, and end.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="With --ask.")] = 64,
+    context: Context = None,
+    name: Annotated[str, typer.Option(help="What the API calls the model; else its folder's name.")] = "",
+    kernel: Kernel = None,
+    json: Json = False,
+) -> None:
+    """Answer with the lower layers where an exit is sure, and ask the cloud for a token where none is."""
+    from fedge import llm_inputs, llm_runs
+    from fedge.edge.llm.http_gate import check_key
+
+    api_key = os.environ.get(API_KEY) or None
+    check_key(api_key)
+    made = llm_runs.device(
+        halves,
+        cloud,
+        llm_inputs.settings(mode or ("exits" if cloud else "standalone"), threshold, deadline),
+        coding=llm_inputs.coding(coding),
+        ticket=llm_inputs.read_ticket(ticket),
+        context=context,
+        kernel=kernel,
+    )
+    with made as opened:
+        if not ask:
+            llm_runs.serve(opened, listen, name or halves.resolve().name, api_key, note)
+            return
+        told = opened.told(ask, max_tokens)
+    if json:
+        say(told, json, "")
+        return
+    typer.echo(told["text"])
+    table(
+        ("token", "by", "confidence", "ms"),
+        [(repr(one["text"]), one["label"], f"{one['confidence']:.3f}", f"{one['ms']:.1f}") for one in told["tokens"]],
+    )
+    typer.echo(", ".join(f"{name} {value:g}" for name, value in told["summary"].items()))
+
+
 @llm.command()
 def chat(
     server: Annotated[str, typer.Argument(help="Address of a server with OpenAI's API.")] = "http://127.0.0.1:8000",

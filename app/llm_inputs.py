@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from fedge.core.errors import ExperimentError
+from fedge.core.errors import DataError, ExperimentError
 from fedge.edge.llm import security
 from fedge.edge.llm.group.blocks import spare_bytes
 from fedge.edge.llm.group.speeds import speeds
@@ -22,7 +22,12 @@ from fedge.edge.llm.security import Ticket
 from fedge.edge.plan.link import Link
 from fedge.llm import default_store
 
+if TYPE_CHECKING:
+    from fedge.edge.llm.collab.decoder import Settings
+    from fedge.edge.llm.collab.wire import Coding
+
 MAX_DEVICES_BYTES = 1 << 20
+MAX_TEXT_BYTES = 256 << 20
 
 
 class _Listed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,6 +101,58 @@ def devices(path: Path | None, ranks: int, chosen: Kind, memory_bytes: int | Non
 def plan_as_json(found: Plan) -> dict[str, Any]:
     """All options, and which one is chosen."""
     return {"choice": found.options.index(found.choice), "options": [asdict(option) for option in found.options]}
+
+
+def layers(named: str) -> tuple[int, ...]:
+    """Whole numbers between commas. Raises ExperimentError."""
+    found = numbers(named)
+    if not found or any(one != int(one) for one in found):
+        raise ExperimentError(f"{named!r} are no layers; write whole numbers with commas between, such as 3,5.")
+    return tuple(int(one) for one in found)
+
+
+def text(path: Path | None) -> str:
+    """What is to be learnt from, or nothing. Raises DataError for a file that is too long or no text."""
+    if path is None:
+        return ""
+    try:
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            raise DataError(f"{path} is longer than {MAX_TEXT_BYTES >> 20} MiB; give a part of it.")
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no text file that can be read ({error}); name one in UTF-8.") from None
+
+
+def settings(mode: str, threshold: float | None, deadline_s: float) -> "Settings":
+    """How a device answers. Raises ExperimentError."""
+    from fedge.edge.llm.collab.decoder import Settings
+
+    return Settings(cast("Any", mode), threshold, deadline_s)
+
+
+def coding(named: str) -> "Coding":
+    """Raises ExperimentError for a coding that there is not."""
+    from fedge.edge.llm.collab.wire import CODINGS
+
+    for one in CODINGS:
+        if one == named:
+            return one
+    raise ExperimentError(f"There is no coding {named!r}; choose one of {', '.join(CODINGS)}.")
+
+
+def stages() -> Callable[[str, float], None]:
+    """What is going on, on standard error: in a terminal with its share, else a line for each new thing."""
+    last = ""
+
+    def show(what: str, share: float) -> None:
+        nonlocal last
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{what} {100 * share:.0f} %\033[K" + ("\n" if share >= 1 else ""))
+        elif what != last:
+            sys.stderr.write(f"{what}\n")
+        last = what
+
+    return show
 
 
 def make_ticket(folder: Path | None) -> tuple[Ticket | None, str]:

@@ -1,19 +1,57 @@
-"""A language model while it runs for a command: served until a signal, or measured.
+"""A language model while it works for a command: served until a signal, measured, trained, or with a cloud behind it.
 
 Must never parse arguments or print.
 """
 
-from collections.abc import Callable
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Protocol
 
+import msgspec
+
+from fedge.core.errors import ModelError
 from fedge.edge.llm import http
+from fedge.edge.llm.collab import device as collab_device
+from fedge.edge.llm.collab import halves
+from fedge.edge.llm.collab.decoder import Decoder, Settings, Summary, Token
+from fedge.edge.llm.collab.engine import Engine as CollabEngine
+from fedge.edge.llm.handle import Handle
 from fedge.edge.llm.http_server import Server
 from fedge.edge.llm.quant import Kind
+from fedge.edge.llm.requests import Piece, Request
+from fedge.edge.llm.sampler import Sampling
+from fedge.edge.llm.tokenizer import Tokenizer
 from fedge.edge.runtime.memory import Resident, resident
 from fedge.llm import Engine
 
+# What a tokenizer needs of a model's folder; the device's half takes copies of those there are.
+TOKENIZER = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
-def serve(engine: Engine, listen: str, name: str, api_key: str | None, on_listening: Callable[[str], None]) -> None:
+
+class Served(Protocol):
+    """What can be served: an engine with its tokenizer."""
+
+    tokenizer: Tokenizer
+
+    def submit(self, request: Request, on_piece: Callable[[Piece], None] | None = None) -> Handle:
+        """As fedge.edge.llm.engine's."""
+
+    def stats(self) -> dict[str, float]:
+        """Figures."""
+
+
+def serve(engine: Served, listen: str, name: str, api_key: str | None, on_listening: Callable[[str], None]) -> None:
     """Until SIGINT or SIGTERM. Raises AddressError where nobody may or can listen there."""
     app = http.app(engine, engine.tokenizer, name, api_key=api_key)
     with Server(app, listen) as server:
@@ -45,3 +83,95 @@ def bench(
         "head_mapped_mb": held.mapped / 2**20,
         "largest_worker_private_mb": max((one.private_bytes for one in workers), default=0) / 2**20,
     }
+
+
+def train_exits(
+    model: Path,
+    layers: Sequence[int],
+    folder: Path,
+    *,
+    text: str,
+    generate: int,
+    seconds: float,
+    agreement: float,
+    kinds: tuple[Kind, Kind],
+    seed: int,
+    progress: Callable[[str, float], None],
+) -> dict[str, Any]:
+    """Train exits, cut both halves into `folder`, and say what was seen on held-out text."""
+    from fedge.edge.llm.collab.fit import Effort
+    from fedge.edge.llm.collab.train import train_exits as train
+
+    with tempfile.TemporaryDirectory() as work:
+        found = train(
+            model,
+            text,
+            layers,
+            Path(work) / "exits.safetensors",
+            effort=Effort(seconds=seconds),
+            generate=generate,
+            agreement=agreement,
+            seed=seed,
+            progress=progress,
+        )
+    progress("cutting", 0.0)
+    halves.cut(model, folder, found, *kinds)
+    for name in TOKENIZER:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(model / name, folder / "edge" / name)
+    progress("cutting", 1.0)
+    return {
+        "exits": [
+            {"layer": one.layer, "temperature": one.temperature, **msgspec.to_builtins(one.figures)}
+            for one in found.exits
+        ],
+        "table": [{"threshold": row.thresholds[0], **msgspec.to_builtins(row)} for row in found.table],
+    }
+
+
+class Device:
+    """The device's half with its tokenizer, ready to be asked or served."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self._decoder = tokenizer, decoder
+        self._seen: list[Token | Summary] = []
+        self._engine = CollabEngine(decoder, tokenizer, watch=lambda _, what: self._seen.append(what))
+
+    def submit(self, request: Request, on_piece: Callable[[Piece], None] | None = None) -> Handle:
+        """As the engine's."""
+        self._seen.clear()  # only `told` reads them
+        return self._engine.submit(request, on_piece)
+
+    def stats(self) -> dict[str, float]:
+        """The engine's figures."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """End the engine."""
+        self._engine.close()
+
+    def told(self, prompt: str, max_tokens: int) -> dict[str, Any]:
+        """What follows `prompt`, token by token: who said it, how sure, after how many milliseconds."""
+        request = Request(tuple(self.tokenizer.encode(prompt)), max_tokens, Sampling(temperature=0.0))
+        pieces = list(self.submit(request))
+        if pieces[-1].finish == "error":
+            raise ModelError(pieces[-1].error)
+        tokens = [one for one in self._seen if isinstance(one, Token)]
+        (summary,) = [one for one in self._seen if isinstance(one, Summary)]
+        stream = self.tokenizer.stream()
+        return {
+            "text": "".join(piece.text for piece in pieces),
+            "tokens": [{"text": stream.push(one.id), **asdict(one)} for one in tokens],
+            "summary": {**summary.tokens, **{k: v for k, v in asdict(summary).items() if k != "tokens"}},
+        }
+
+
+@contextlib.contextmanager
+def device(folder: Path, cloud: str | None, settings: Settings, **more: Any) -> Iterator[Device]:
+    """The device's half in `folder`, with a line to the cloud if there is one; see fedge.edge.llm.collab.device."""
+    with collab_device.device(halves.open_halves(folder), cloud, settings, **more) as decoder:
+        opened = Device(decoder, Tokenizer(folder / "edge"))
+        try:
+            yield opened
+        finally:
+            opened.close()
