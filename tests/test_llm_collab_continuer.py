@@ -18,7 +18,6 @@ from fedge.core.params import Array
 from fedge.edge.llm.collab.cloud import ContinueService, serve
 from fedge.edge.llm.collab.continuer import Continuer
 from fedge.edge.llm.collab.wire import STATES_MISSING, Hidden, Told, Verify, Want
-from fedge.edge.llm.group.service import stop
 from fedge.edge.llm.head import Head
 from fedge.edge.llm.kernels import KERNELS
 from fedge.edge.llm.mesh import Alone
@@ -351,12 +350,12 @@ def test_a_session_that_says_nothing_is_forgotten(bench: Bench) -> None:
 
 def test_what_a_device_asked_before_it_hung_up_is_not_computed(bench: Bench, cut: Halves) -> None:
     service = ContinueService(bench.continuer, cut.digest, LAYER, "", LlmLimits())
-    server, pool, address = serve(service, "127.0.0.1:0", None, "", LlmLimits())
-    with line(address, cut.digest) as stays:
+    listening = serve(service, "127.0.0.1:0", None, "", LlmLimits())
+    with line(listening.address, cut.digest) as stays:
         stays.put("a", 0, cut.states(IDS))
         stays.want("a", 9)
         bench.wait_for_pass()
-        with line(address, cut.digest) as goes:
+        with line(listening.address, cut.digest) as goes:
             goes.put("a", 0, cut.states(OTHERS))
             assert goes.known("a") == 40
             goes.want("a", 39)
@@ -371,5 +370,5 @@ def test_what_a_device_asked_before_it_hung_up_is_not_computed(bench: Bench, cut
             stays.told.get(timeout=0.2)
         bench.passes()
         assert [stays.hear().token for _ in range(2)] == cut.greedy(IDS)[9:11]
-    stop(server, pool)
+    listening.stop()
     assert bench.shapes() == [[(0, 10)], [(10, 1)]]

@@ -209,7 +209,8 @@ def test_an_exit_draws_with_the_random_number_of_the_position(model: Cut) -> Non
             segments.feed(PROMPT[:count])
             row = segments.reach(1)[-1:]
             logits = exits.logits(model.exits[1], row, segments.head, segments.config.eps)[0]
-            assert ids(answer(made, PROMPT[:count], 1, SAMPLED)) == [sample(logits, SAMPLED, {}, count)]
+            drawn = sample(logits * model.exits[1].temperature, SAMPLED, {}, count)
+            assert ids(answer(made, PROMPT[:count], 1, SAMPLED)) == [drawn]
     segments.close()
 
 

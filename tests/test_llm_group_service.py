@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from fedge.core.errors import AddressError, ExperimentError, ModelError, StaleIncarnation
 from fedge.edge.llm import security
 from fedge.edge.llm.config import Config, Rope
+from fedge.edge.llm.control import TOKEN
 from fedge.edge.llm.engine import Engine
 from fedge.edge.llm.group import device
 from fedge.edge.llm.group import group as groups
 from fedge.edge.llm.group.division import HOPED, Division, everyone, planned
-from fedge.edge.llm.group.messages import PROTOCOL, TOKEN_KEY, Offer
+from fedge.edge.llm.group.messages import PROTOCOL, Offer
 from fedge.edge.llm.group.service import SERVICE
 from fedge.edge.llm.requests import Request
 from fedge.edge.llm.sampler import Sampling
@@ -44,7 +45,7 @@ def group(model, tmp_path):
 @contextmanager
 def calls(address, token=""):
     """The two calls as a stranger would make them, with bytes of any kind."""
-    metadata = ((TOKEN_KEY, token),)
+    metadata = ((TOKEN, token),)
     with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
         join = channel.stream_stream(f"/{SERVICE}/Join", None, pb.Order.FromString)
         fetch = channel.unary_stream(f"/{SERVICE}/Fetch", pb.FetchRequest.SerializeToString, pb.Chunk.FromString)

@@ -6,26 +6,23 @@ threads for as long as it is open. Owns who may call, and what each caller is se
 """
 
 import contextlib
-import hmac
 import logging
 import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from fedge.core import addresses
-from fedge.core.errors import AddressError, FedgeError, ModelError
+from fedge.core.errors import FedgeError, ModelError
 from fedge.core.limits import LlmLimits
+from fedge.edge.llm import control
 from fedge.edge.llm.collab import wire
 from fedge.edge.llm.collab.continuer import Continuer
 from fedge.edge.llm.collab.stream import Stream
 from fedge.edge.llm.collab.wire import Forget, Hidden, Told
-from fedge.edge.llm.group.service import is_local, stop
 from fedge.edge.llm.head import Head
 from fedge.edge.llm.kernels import choose, named
 from fedge.edge.llm.mesh import Alone
@@ -62,7 +59,7 @@ class ContinueService:
 
     def meet(self, request: pb.MeetRequest, context: Context) -> pb.MeetReply:
         """What is served, to a device that has the other half of it."""
-        self._admit(context)
+        control.admit(self._token, context)
         self._compare(request.protocol, request.model, request.layer, context)
         return pb.MeetReply(
             model=self._model,
@@ -124,7 +121,7 @@ class ContinueService:
             return Told(number, session, known, reason=error.reason, detail=str(error))
 
     def _talker(self, context: Context) -> str:
-        self._admit(context)
+        control.admit(self._token, context)
         given = {key: str(value) for key, value in context.invocation_metadata()}
         client, protocol, layer = (given.get(key, "") for key in (wire.CLIENT, wire.VERSION, wire.LAYER))
         numbers = [int(text) if text.isdecimal() and len(text) < 10 else -1 for text in (protocol, layer)]
@@ -133,12 +130,6 @@ class ContinueService:
             detail = f"The device names itself {client[:40]!r}; send 32 random hexadecimal digits."
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, detail)
         return client
-
-    def _admit(self, context: Context) -> None:
-        given = str(dict(context.invocation_metadata()).get(wire.TOKEN, ""))
-        if not hmac.compare_digest(given.encode(), self._token.encode()):
-            detail = "The ticket is another one; copy ticket.json from the cloud that is to be asked."
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, detail)
 
     def _compare(self, protocol: int, model: str, layer: int, context: Context) -> None:
         detail = ""
@@ -180,11 +171,11 @@ def cloud_at(
     try:
         token = ticket.token if ticket else ""
         service = ContinueService(continuer, shard.model, shard.layers.start, token, limits)
-        server, pool, address = serve(service, listen, ticket, key, limits)
+        listening = serve(service, listen, ticket, key, limits)
         try:
-            yield address
+            yield listening.address
         finally:
-            stop(server, pool)
+            listening.stop()
     finally:
         continuer.close()
 
@@ -219,29 +210,8 @@ def _upper(shard: Shard) -> Shard:
 
 def serve(
     service: ContinueService, listen: str, ticket: Ticket | None, key: str, limits: LlmLimits
-) -> tuple[grpc.Server, ThreadPoolExecutor, str]:
-    """A server that runs, its threads, and its address. Raises AddressError."""
-    host, _ = addresses.parse(listen)
-    if not is_local(host) and not (ticket and ticket.certificate):
-        raise AddressError(f"{listen} can be reached by other machines; give a ticket, or listen on 127.0.0.1.")
-    most = limits.max_devices + _SPARE_CALLS
-    pool = ThreadPoolExecutor(most, "fedge-cloud")
-    options = [
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_receive_message_length", 2 * limits.max_ask_bytes),  # what is a little too long is told so
-        *addresses.keepalive_server(),
-    ]
-    server = grpc.server(pool, options=options, maximum_concurrent_rpcs=most)
-    server.add_generic_rpc_handlers((service.handler(),))
-    port = 0
-    with contextlib.suppress(RuntimeError):
-        if ticket and ticket.certificate:
-            pair = (key.encode(), ticket.certificate.encode())
-            port = server.add_secure_port(listen, grpc.ssl_server_credentials([pair]))
-        else:
-            port = server.add_insecure_port(listen)
-    if not port:
-        pool.shutdown(wait=False)
-        raise AddressError(f"Cannot listen on {listen}; stop who uses the port, or choose another.")
-    server.start()
-    return server, pool, f"{host}:{port}"
+) -> control.Listening:
+    """The service at an address. Raises AddressError."""
+    most = 2 * limits.max_ask_bytes  # what is a little too long is told so
+    calls = limits.max_devices + _SPARE_CALLS
+    return control.serve(service.handler(), listen, ticket, key, calls=calls, most_bytes=most)

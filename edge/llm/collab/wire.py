@@ -17,13 +17,13 @@ from google.protobuf.message import DecodeError
 from fedge.core.errors import DataError
 from fedge.core.limits import LlmLimits
 from fedge.core.params import Array
+from fedge.edge.llm.control import TOKEN
 from fedge.edge.llm.sampler import Sampling
 from fedge.protos import llm_pb2 as pb
 
 PROTOCOL = 1
 SERVICE = "fedge.llm.v1.Continue"
 CLIENT, VERSION, MODEL, LAYER = "fedge-client", "fedge-protocol", "fedge-model", "fedge-layer"  # metadata of Talk
-TOKEN = "fedge-token"  # noqa: S105 -- the name of the metadata, not what it holds
 STATES_MISSING = "STATES_MISSING"  # the cloud knows fewer positions than it must: send states from `known` on
 GREEDY = Sampling(temperature=0.0)
 Coding = Literal["f32", "f16", "u8"]

@@ -22,8 +22,9 @@ from fedge.core import addresses
 from fedge.core.errors import AddressError, DataError, ExperimentError, StaleIncarnation
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm import security
+from fedge.edge.llm.control import TOKEN, is_local
 from fedge.edge.llm.group import messages
-from fedge.edge.llm.group.service import SERVICE, is_local
+from fedge.edge.llm.group.service import SERVICE
 from fedge.edge.llm.group.speeds import Speeds, speeds
 from fedge.edge.llm.group.store import Store
 from fedge.edge.llm.group.work import Self, Work
@@ -143,7 +144,7 @@ class _Session:
         self._closed = threading.Event()
         self._channel = _channel(device)
         token = device.ticket.token if device.ticket else ""
-        self._metadata = ((messages.TOKEN_KEY, token),)
+        self._metadata = ((TOKEN, token),)
         self._fetch_call = self._channel.unary_stream(
             f"/{SERVICE}/Fetch", pb.FetchRequest.SerializeToString, pb.Chunk.FromString
         )

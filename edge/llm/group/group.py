@@ -15,6 +15,7 @@ from fedge.core import addresses
 from fedge.core.errors import AddressError, ExperimentError, ModelError, RankLost
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm import security
+from fedge.edge.llm.control import is_local, serve
 from fedge.edge.llm.folder import Folder
 from fedge.edge.llm.group import membership
 from fedge.edge.llm.group.blocks import open_blocks, spare_bytes
@@ -24,7 +25,7 @@ from fedge.edge.llm.group.division import HOPED, Divide, Division, planned
 from fedge.edge.llm.group.membership import Event, Member, Members, Phase
 from fedge.edge.llm.group.messages import HEAD, PROTOCOL, Offer
 from fedge.edge.llm.group.roster import Roster
-from fedge.edge.llm.group.service import Ranks, is_local, serve, stop
+from fedge.edge.llm.group.service import Ranks
 from fedge.edge.llm.group.speeds import Speeds, speeds
 from fedge.edge.llm.mesh import Alone, Mesh, connect
 from fedge.edge.llm.model import Model
@@ -101,10 +102,17 @@ class Group:
         welcome = pb.Welcome(protocol=PROTOCOL, model=folder.digest, kind=kind)
         ranks = Ranks(self._roster, welcome, self._cuts.find, ticket, limits)
         try:
-            self._server, self._pool, self.address = serve(ranks, listen, ticket, key, limits)
+            self._listening = serve(
+                ranks.handler(), listen, ticket, key, calls=2 * limits.max_ranks + 2, most_bytes=limits.max_report_bytes
+            )
         except AddressError:
             self._listener.close()
             raise
+
+    @property
+    def address(self) -> str:
+        """Where workers come."""
+        return self._listening.address
 
     @property
     def epoch(self) -> int:
@@ -183,7 +191,7 @@ class Group:
         self._closed = True
         self._end()
         self._roster.close("The head has ended; the device waits for it.")
-        stop(self._server, self._pool)
+        self._listening.stop()
         self._listener.close()
 
     def __enter__(self) -> "Group":

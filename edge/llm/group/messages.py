@@ -23,7 +23,6 @@ from fedge.protos import llm_pb2 as pb
 
 PROTOCOL = 1
 HEAD = "head"  # what the head is called among its devices
-TOKEN_KEY = "fedge-token"  # noqa: S105 -- the name of the metadata, not what it holds
 MAX_KINDS = 16
 _MAX_DETAIL = 500  # characters
 _DIGEST = re.compile("[0-9a-f]{64}")

@@ -4,27 +4,23 @@ A stream occupies two threads for as long as a device is there, a download one; 
 Must never decide what a group looks like.
 """
 
-import hmac
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from fedge.core import addresses
-from fedge.core.errors import AddressError, DataError, ExperimentError, FedgeError
+from fedge.core.errors import DataError, ExperimentError, FedgeError
 from fedge.core.limits import LlmLimits
+from fedge.edge.llm import control
 from fedge.edge.llm.group import messages
 from fedge.edge.llm.group.roster import Roster, Seat
-from fedge.edge.llm.handshake import is_loopback
 from fedge.edge.llm.security import Ticket
 from fedge.protos import llm_pb2 as pb
 
 SERVICE = "fedge.llm.v1.Ranks"
-_GRACE_S = 1.0  # for what is under way at the end
 Context = Any  # grpc.ServicerContext; grpcio is not typed
 Find = Callable[[str], Path | None]
 
@@ -52,7 +48,7 @@ class Ranks:
 
     def join(self, reports: Iterator[bytes], context: Context) -> Iterator[pb.Order]:
         """One device's stream."""
-        self._admit(context)
+        control.admit(self._token, context)
         patience = threading.Timer(self._limits.connect_timeout_s, context.cancel)
         patience.daemon = True
         patience.start()
@@ -80,7 +76,7 @@ class Ranks:
 
     def fetch(self, request: pb.FetchRequest, context: Context) -> Iterator[pb.Chunk]:
         """The bytes of a shard from an offset to its end."""
-        self._admit(context)
+        control.admit(self._token, context)
         path = self._find(request.digest)
         if path is None:
             context.abort(grpc.StatusCode.NOT_FOUND, "There is no such shard any more; wait for the next order.")
@@ -106,65 +102,8 @@ class Ranks:
             seat.put(None)
             self._roster.leave(seat)
 
-    def _admit(self, context: Context) -> None:
-        given = dict(context.invocation_metadata()).get(messages.TOKEN_KEY, "")
-        if not hmac.compare_digest(str(given).encode(), self._token.encode()):
-            context.abort(
-                grpc.StatusCode.UNAUTHENTICATED,
-                "The ticket is another one; copy ticket.json from the device that starts the model.",
-            )
-
-
-def serve(
-    ranks: Ranks, listen: str, ticket: Ticket | None, key: str, limits: LlmLimits
-) -> tuple[grpc.Server, ThreadPoolExecutor, str]:
-    """A server that runs, its threads, and its address. Without a certificate only loopback is listened on.
-
-    Raises AddressError.
-    """
-    host, _ = addresses.parse(listen)
-    secure = bool(ticket and ticket.certificate)
-    if not secure and not is_local(host):
-        raise AddressError(f"{listen} can be reached by other machines; give a ticket, or listen on 127.0.0.1.")
-    most = 2 * limits.max_ranks + 2
-    pool = ThreadPoolExecutor(most, "fedge-ranks")
-    options = [
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_receive_message_length", limits.max_report_bytes),
-        *addresses.keepalive_server(),
-    ]
-    server = grpc.server(pool, options=options, maximum_concurrent_rpcs=most)
-    server.add_generic_rpc_handlers((ranks.handler(),))
-    try:
-        if ticket and secure:
-            pair = (key.encode(), ticket.certificate.encode())
-            port = server.add_secure_port(listen, grpc.ssl_server_credentials([pair]))
-        else:
-            port = server.add_insecure_port(listen)
-    except RuntimeError:
-        port = 0
-    if not port:
-        pool.shutdown(wait=False)
-        raise AddressError(f"Cannot listen on {listen}; stop who uses the port, or choose another.")
-    server.start()
-    return server, pool, f"{host}:{port}"
-
-
-def stop(server: grpc.Server, pool: ThreadPoolExecutor) -> None:
-    """End all calls, within a moment."""
-    server.stop(_GRACE_S).wait(2 * _GRACE_S)
-    pool.shutdown(wait=False, cancel_futures=True)
-
-
-def is_local(host: str) -> bool:
-    """Whether a host never leaves this machine."""
-    try:
-        return host == "localhost" or is_loopback(host.strip("[]"))
-    except ValueError:  # a name
-        return False
-
 
 def _host(peer: str) -> str:
     """The host of gRPC's "ipv4:10.0.0.7:41234" or "ipv6:[::1]:41234"; empty for this machine."""
     host = urllib.parse.unquote(peer.partition(":")[2]).rpartition(":")[0]
-    return "" if is_local(host) else host
+    return "" if control.is_local(host) else host
