@@ -31,6 +31,7 @@ TicketFile = Annotated[Path | None, typer.Option("--ticket", help="The ticket of
 Kernel = Annotated[str | None, typer.Option(help="How matrices are multiplied; else the fastest here.")]
 MEGABYTE = 1 << 20
 API_KEY = "FEDGE_API_KEY"
+GREETING_S = 3.0  # so long a device waits for its cloud before it begins by itself
 
 
 @llm.callback(invoke_without_command=True)
@@ -313,6 +314,7 @@ def device(
         ticket=llm_inputs.read_ticket(ticket),
         context=context,
         kernel=kernel,
+        wait_s=GREETING_S,
     )
     with made as opened:
         if not ask:

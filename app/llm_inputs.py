@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MAX_DEVICES_BYTES = 1 << 20
 MAX_TEXT_BYTES = 256 << 20
+MAX_DIGITS = 6  # of a layer's number
 
 
 class _Listed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -105,10 +106,10 @@ def plan_as_json(found: Plan) -> dict[str, Any]:
 
 def layers(named: str) -> tuple[int, ...]:
     """Whole numbers between commas. Raises ExperimentError."""
-    found = numbers(named)
-    if not found or any(one != int(one) for one in found):
+    parts = [part.strip() for part in named.split(",")]
+    if not all(part.isdecimal() and len(part) < MAX_DIGITS for part in parts):
         raise ExperimentError(f"{named!r} are no layers; write whole numbers with commas between, such as 3,5.")
-    return tuple(int(one) for one in found)
+    return tuple(map(int, parts))
 
 
 def text(path: Path | None) -> str:

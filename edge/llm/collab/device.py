@@ -27,11 +27,12 @@ def device(
     ticket: Ticket | None = None,
     context: int | None = None,
     kernel: str | None = None,
+    wait_s: float = 0.0,
     limits: LlmLimits = LlmLimits(),
 ) -> Iterator[Decoder]:
-    """A decoder for `settings`, over the cloud at address `cloud` (None: alone), which need not be there yet.
+    """A decoder for `settings`, with the cloud at address `cloud` (None: alone), which may come later.
 
-    `context`: tokens of a prompt and its answer, None for as many as the model can. `kernel` None: the fastest of those
+    It is waited for at most `wait_s`. `context`: tokens of a prompt and its answer, None for as many as the model can. `kernel` None: the fastest of those
     that compute a row as if it were alone, as in the cloud. Raises ModelError, ExperimentError and AddressError.
     """
     shards, found = halves.edge(limits)
@@ -57,4 +58,5 @@ def device(
                 limits=limits,
             )
             opened.callback(uplink.close)
+            uplink.wait(wait_s)
         yield Decoder(segments, found.exits, uplink, settings)
