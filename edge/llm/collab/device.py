@@ -32,8 +32,9 @@ def device(
 ) -> Iterator[Decoder]:
     """A decoder for `settings`, with the cloud at address `cloud` (None: alone), which may come later.
 
-    It is waited for at most `wait_s`. `context`: tokens of a prompt and its answer, None for as many as the model can. `kernel` None: the fastest of those
-    that compute a row as if it were alone, as in the cloud. Raises ModelError, ExperimentError and AddressError.
+    It is waited for at most `wait_s`. `context`: tokens of a prompt and its answer, None for as many as the model can.
+    `kernel` None: the fastest of those that compute a row as if it were alone, as in the cloud. Raises ModelError,
+    ExperimentError and AddressError.
     """
     shards, found = halves.edge(limits)
     kind, longest = shards[0].kind, shards[0].config.context
