@@ -121,7 +121,14 @@ def bench(
         return
     device = found["device"]
     rows = [(kind, f"{rate / 1e9:.2f}") for kind, rate in device["weights_per_s"].items()]
-    table(("kind", "billion weights/s"), [*rows, ("disk, GB/s", f"{device['disk_bytes_per_s'] / 1e9:.2f}")])
+    table(
+        ("kind", "billion weights/s"),
+        [
+            *rows,
+            ("disk, GB/s", f"{device['disk_bytes_per_s'] / 1e9:.2f}"),
+            ("other work of a layer, us", f"{1e6 * device['layer_s']:.0f}"),
+        ],
+    )
     if "run" in found:
         table(("figure", "value"), [(name, f"{value:.4g}") for name, value in found["run"].items()])
 

@@ -87,6 +87,7 @@ def this_device(store: Path | None) -> dict[str, Any]:
         "weights_per_s": dict(known.weights_per_s),
         "memory_bytes": spare_bytes(),
         "disk_bytes_per_s": known.disk_bytes_per_s,
+        "layer_s": known.layer_s,
     }
 
 

@@ -19,7 +19,7 @@ class Report(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., broken: _Optional[_Union[Broken, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "name", "incarnation", "weights_per_s", "memory_bytes", "disk_bps", "data_address", "certificate", "shards")
+    __slots__ = ("protocol", "name", "incarnation", "weights_per_s", "memory_bytes", "disk_bps", "data_address", "certificate", "shards", "layer_s")
     class WeightsPerSEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class Hello(_message.Message):
     DATA_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_S_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     name: str
     incarnation: str
@@ -45,7 +46,8 @@ class Hello(_message.Message):
     data_address: str
     certificate: str
     shards: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol: _Optional[int] = ..., name: _Optional[str] = ..., incarnation: _Optional[str] = ..., weights_per_s: _Optional[_Mapping[str, float]] = ..., memory_bytes: _Optional[int] = ..., disk_bps: _Optional[float] = ..., data_address: _Optional[str] = ..., certificate: _Optional[str] = ..., shards: _Optional[_Iterable[str]] = ...) -> None: ...
+    layer_s: float
+    def __init__(self, protocol: _Optional[int] = ..., name: _Optional[str] = ..., incarnation: _Optional[str] = ..., weights_per_s: _Optional[_Mapping[str, float]] = ..., memory_bytes: _Optional[int] = ..., disk_bps: _Optional[float] = ..., data_address: _Optional[str] = ..., certificate: _Optional[str] = ..., shards: _Optional[_Iterable[str]] = ..., layer_s: _Optional[float] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("epoch",)

@@ -162,6 +162,8 @@ def test_a_device_that_reads_no_orders_is_sent_away():
         {"weights_per_s": {str(one): 1.0 for one in range(17)}},
         {"disk_bps": 0.0},
         {"disk_bps": -1.0},
+        {"layer_s": -1e-9},
+        {"layer_s": math.inf},
         {"data_address": "nowhere"},
         {"data_address": ":0"},
         {"data_address": ":99999"},
@@ -227,6 +229,10 @@ def test_whatever_comes_is_a_report_or_a_data_error(data):
     except DataError:
         return
     assert report.WhichOneof("event")
+
+
+def test_a_device_says_what_its_layers_take_besides():
+    assert messages.hello(told(layer_s=1e-4), "h", LIMITS).offer.layer_s == 1e-4
 
 
 @given(st.builds(pb.Hello, protocol=st.just(1), name=st.text(), incarnation=st.text(), data_address=st.text()))

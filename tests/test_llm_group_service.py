@@ -429,6 +429,8 @@ def test_the_planner_takes_those_who_are_worth_it():
     assert set(near.names) == {"head", "a", "b"}
     assert far.names == ("head",)
     assert 0 < near.token_s < far.token_s
+    slow = planned(config, "int8", [replace(one, layer_s=0.1) for one in offers], Link(1e9, 1e-4), 2048)
+    assert slow.token_s == pytest.approx(near.token_s + 22 * 0.1)
     with pytest.raises(ModelError):
         planned(config, "int8", [replace(one, memory_bytes=1000) for one in offers], Link(1e9, 1e-4), 2048)
 

@@ -195,6 +195,7 @@ def test_speeds_are_measured_once(tmp_path):
     found = speeds(tmp_path)
     assert set(found.weights_per_s) == {"float32", "int8", "int4"}
     assert min(*found.weights_per_s.values(), found.disk_bytes_per_s) > 1e6
+    assert 1e-6 < found.layer_s < 1
     changed = (tmp_path / FILE).read_text().replace(str(found.disk_bytes_per_s), "12345.0")
     (tmp_path / FILE).write_text(changed)
     assert speeds(tmp_path).disk_bytes_per_s == 12345.0

@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -367,3 +368,24 @@ def test_what_is_no_file_is_refused(tmp_path):
             open_shard(path)
         with pytest.raises(ModelError, match="missing"):
             digest(path)
+
+
+SMAPS = Path("/proc/self/smaps")
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="only Linux tells how a map is read")
+def test_rows_of_the_embedding_are_read_alone_and_blocks_ahead(tmp_path):
+    _, shards = cut(tmp_path, vocab=600)
+    shard = shards[0]
+    ways, here = {}, None  # flags by the bytes of the file
+    for line in SMAPS.read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            start, stop = (int(one, 16) for one in words[0].split("-"))
+            here = (int(words[2], 16), int(words[2], 16) + stop - start) if words[-1] == str(shard.path) else None
+        elif words[0] == "VmFlags:" and here:
+            ways[here] = "rr" in words
+    end = shard.blocks[-1].offset + shard.blocks[-1].bytes
+    size = shard.config.vocab * shard.config.hidden * 4
+    assert [ends for ends, alone in ways.items() if alone] == [(end, end + -(-size // PAGE) * PAGE)]
+    assert sum(stop - start for (start, stop), alone in ways.items() if not alone) == end

@@ -157,6 +157,64 @@ def test_resident_kernels_that_copy_outlive_the_pages(shards, name):
     plain.close()
 
 
+def cached(path, first, last):
+    """Whether any whole page of these bytes lies in the system's cache; Linux says so."""
+    with path.open("rb") as file:
+        for at in range(first, last, PAGE):
+            try:
+                os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT)
+            except BlockingIOError:
+                continue
+            return True
+    return False
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="only Linux tells what its cache holds")
+def test_what_was_copied_leaves_the_cache(tmp_path):
+    opened = open_folder(folder(tmp_path, hidden=128, ffn=512, vocab=600))
+    path = export(opened, tmp_path / "out", even(opened.config, 1), "int8")[0]
+    shard = open_shard(path)
+    ends = shard.blocks[0].offset, shard.blocks[-1].offset + shard.blocks[-1].bytes
+    assert cached(path, *ends)
+    blocks = Resident(shard, KERNELS["onnx-int8"])
+    taken = [blocks.take(block.index) for block in shard.blocks]
+    taken[-1]["head"](np.ones((1, 128), np.float32))
+    assert all(one["norm"].any() for one in taken)  # these are used at every token
+    assert not cached(path, *ends)
+    for block, one in zip(shard.blocks, taken):
+        there = shard.view(block, shard.mapped[block.offset : block.offset + block.bytes])
+        assert np.array_equal(one["norm"], there["norm"])
+    blocks.close()
+
+
+FREED = """
+import sys
+from pathlib import Path
+from fedge.edge.llm.kernels import KERNELS
+from fedge.edge.llm.resident import Resident
+from fedge.edge.llm.shard import open_shard
+from fedge.edge.runtime.memory import resident
+import numpy as np
+
+shard = open_shard(Path(sys.argv[1]))
+kernel = KERNELS["onnx-float32"]
+whole = Resident(shard, kernel)  # loads what the kernel needs
+whole.close()
+before = resident()
+whole = Resident(shard, kernel)
+since = resident().since(before)
+print((since.private + since.mapped) / whole.resident_bytes)
+"""
+
+
+def test_copies_take_little_more_than_the_weights(tmp_path_factory):
+    """In a process of its own: freed memory is the system's again, and no page of the file stays mapped."""
+    done = subprocess.run(
+        [sys.executable, "-c", FREED, wide(tmp_path_factory)], capture_output=True, text=True, check=True
+    )
+    assert 0.9 < float(done.stdout) < 1.1
+
+
 def test_a_kernel_that_copies_has_no_window(shards):
     with pytest.raises(ModelError, match="streams"):
         Window(shards["int8"], KERNELS["onnx-int8"], 1 << 30)

@@ -131,8 +131,6 @@ def seconds(size: int, round_trip_s: float, bandwidth_bps: float, bytes_: int) -
         )
     if size == 1:
         return dict.fromkeys(("full", "doubling", "star"), 0.0)
-    if size == 1:
-        return {"full": 0.0}
     hop_s, part_s = round_trip_s / 2, bytes_ * 8 / bandwidth_bps
     power = 1 << (size.bit_length() - 1)
     hops = power.bit_length() - 1 + (2 if size > power else 0)

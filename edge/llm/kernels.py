@@ -7,7 +7,7 @@ tokens do not depend on the company it is computed in. Owns the table and the me
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,17 @@ from fedge.core.errors import ExperimentError, ModelError
 from fedge.core.lanes import plain_products
 from fedge.core.params import Array
 from fedge.edge.llm import numpy_kernels, onnx_kernels, torch_kernels
+from fedge.edge.llm.cgroup import room_bytes
 from fedge.edge.llm.quant import Kind, Matrix, blocks
 
 Linear = Callable[[Array], Array]
 PROMPT = 64  # rows that stand for a prompt
-_APART_BYTES = 96 << 20  # matrices that together take so much do not stay in a processor's cache
+_APART_BYTES = 48 << 20  # matrices that together take so much do not stay in a processor's cache
+_PART_OF_ROOM = 32  # nor do they take more than such a part of the memory there is; a small device has a small cache
 _MOST = 24  # matrices at a time
+_ROUNDS = 2  # at least; in the first everything is cold
+_HOPELESS = 3.0  # times as long as the fastest: not measured any further
+_ALIKE = 1.03  # within noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +90,10 @@ def choose(
     """The fastest kernel for matrices [rows, columns] like `shape`, one thread, measured for about `seconds` in all.
 
     Fastest is the least time for one row (a token that is generated) plus the time of a row among 64 (one of a prompt):
-    as if a prompt had as many tokens as its answer. Every time is the least of many, on matrices too many to stay in a
-    cache. `streamed` and `invariant` admit only kernels with these properties; the latter is checked on this machine.
+    as if a prompt had as many tokens as its answer. Kernels take turns, and every time is the least of many, on
+    matrices too many to stay in a cache; of two that are alike the table's first wins. `streamed` and `invariant` admit
+    only kernels with these properties; the latter is checked on this machine. Kernels that take the rows of a prompt
+    one by one are only for who wants it `invariant`: no luck in a measurement makes up for such prompts.
     Raises ExperimentError for an empty shape.
     """
     if min(shape) < 1:
@@ -94,13 +101,15 @@ def choose(
     fitting = [one for one in KERNELS.values() if one.kind == kind and one.available()]
     fitting = [one for one in fitting if one.streams or not streamed]
     fitting = [one for one in fitting if one.invariant or not invariant]
+    fitting = [one for one in fitting if invariant or one.make is not numpy_kernels.single_rows]
     matrices = _matrices(kind, shape)
-    times = {}
+    linears: dict[str, list[Linear]] = {}
     for kernel in fitting:
-        linears = [kernel.prepare(matrix) for matrix in matrices]
-        if not invariant or rows_alone(linears[0], shape[1]):
-            times[kernel.name] = _cost(linears, shape[1], seconds / len(fitting))
-    return KERNELS[min(times, key=times.__getitem__)]
+        made = [kernel.prepare(matrix) for matrix in matrices]
+        if not invariant or rows_alone(made[0], shape[1]):
+            linears[kernel.name] = made
+    times = _costs(linears, shape[1], seconds)
+    return KERNELS[next(name for name, cost in times.items() if cost <= _ALIKE * min(times.values()))]
 
 
 def rows_alone(linear: Linear, columns: int) -> bool:
@@ -110,31 +119,37 @@ def rows_alone(linear: Linear, columns: int) -> bool:
     return all(np.array_equal(linear(x[:many]), alone[:many]) for many in (2, 8, 17, len(x)))
 
 
-def _cost(linears: Sequence[Linear], columns: int, seconds: float) -> float:
-    """Seconds per row."""
-    return sum(_least(linears, _inputs(many, columns), seconds / 2) / many for many in (1, PROMPT))
+def _costs(linears: Mapping[str, Sequence[Linear]], columns: int, seconds: float) -> dict[str, float]:
+    """Seconds per row by kernel, in the same order: what else goes on in the machine is borne by all."""
+    one, many = _inputs(1, columns), _inputs(PROMPT, columns)
+    left = dict(linears)
+    single, among = dict.fromkeys(left, float("inf")), dict.fromkeys(left, float("inf"))
+    costs: dict[str, float] = {}
+    until, rounds = time.perf_counter() + seconds, 0
+    while rounds < _ROUNDS or time.perf_counter() < until:
+        for name, made in left.items():
+            single[name] = min(single[name], *(_seconds(linear, one) for linear in made))
+            among[name] = min(among[name], _seconds(made[rounds % len(made)], many))
+            costs[name] = single[name] + among[name] / PROMPT
+        left = {name: made for name, made in left.items() if costs[name] <= _HOPELESS * min(costs.values())}
+        rounds += 1
+    return costs
 
 
-def _least(linears: Sequence[Linear], x: Array, seconds: float) -> float:
-    """The least seconds of one product, after a first round that is not counted if there is time for a second."""
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while not times or time.perf_counter() < until:
-        for linear in linears:
-            start = time.perf_counter()
-            linear(x)
-            times.append(time.perf_counter() - start)
-            if times[-1] > seconds:
-                break
-    return min(times)
+def _seconds(linear: Linear, x: Array) -> float:
+    """Of one product."""
+    start = time.perf_counter()
+    linear(x)
+    return time.perf_counter() - start
 
 
 def _matrices(kind: Kind, shape: tuple[int, int]) -> list[Matrix]:
-    """Distinct random matrices."""
+    """Distinct random matrices, one at least."""
     rows, columns = shape
+    most_bytes = min(_APART_BYTES, room_bytes() / _PART_OF_ROOM)
     random = np.random.default_rng(0)
     found: list[Matrix] = []
-    while len(found) < _MOST and sum(one.data.nbytes for one in found) < _APART_BYTES:
+    while len(found) < _MOST and sum(one.data.nbytes for one in found) < most_bytes:
         if kind == "float32":
             found.append(Matrix(kind, rows, columns, random.standard_normal(shape, np.float32)))
         elif kind == "int8":

@@ -9,6 +9,7 @@ import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -133,6 +134,8 @@ def open_shard(path: Path, limits: LlmLimits = LlmLimits()) -> Shard:
     places = {part: layout.places(about, part) for part in parts}
     last = layout.entries(about)[layout.EMBEDDING]
     embedding = _array(last, whole, start) if about.embedding else None
+    if embedding is not None:
+        _scattered(whole.obj, start + last.offset, last.bytes)
     return Shard(path, about, layout.block_specs(about, start), whole, places, embedding)
 
 
@@ -154,6 +157,13 @@ def _map(path: Path) -> memoryview:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except (OSError, ValueError) as error:  # ValueError: an empty file
         raise ModelError(f"{path} cannot be read ({error}); {_AGAIN}.") from error
+
+
+def _scattered(mapped: Any, offset: int, size: int) -> None:
+    """Rows are gathered here and there: what lies beside one need not be read. Blocks are still read ahead."""
+    first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE  # not a page of the block before
+    if hasattr(mmap, "MADV_RANDOM") and offset + size > first:
+        mapped.madvise(mmap.MADV_RANDOM, first, offset + size - first)
 
 
 def _plain(path: Path) -> None:

@@ -6,7 +6,7 @@ Owns that choice, which is measured once per process. Must never know of other r
 from functools import cache
 
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm import kernels
+from fedge.edge.llm import heap, kernels
 from fedge.edge.llm.cgroup import room_bytes
 from fedge.edge.llm.kernels import Kernel
 from fedge.edge.llm.quant import Kind
@@ -28,6 +28,7 @@ def open_blocks(shard: Shard, memory_bytes: int, limits: LlmLimits, kernel: str 
     config = shard.config
     shape = (config.ffn, config.hidden)  # the same for every division, so that a new one need not measure
     chosen = kernels.named(kernel, shard.kind) if kernel else _fastest(shard.kind, streamed, shape, limits.kernel_s)
+    heap.trim()  # what the measurement took, and the cutting of shards
     return Window(shard, chosen, memory_bytes, limits=limits) if streamed else Resident(shard, chosen)
 
 

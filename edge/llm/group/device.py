@@ -95,6 +95,7 @@ def run(
             weights_per_s=dict(known.weights_per_s),
             memory_bytes=memory_bytes,
             disk_bps=known.disk_bytes_per_s,
+            layer_s=known.layer_s,
             data_address=f":{listener.getsockname()[1]}",
             certificate=identity[0] if identity else "",
         )

@@ -31,7 +31,10 @@ Divide = Callable[[Config, Kind, Sequence[Offer], Link, int], Division]
 
 def planned(config: Config, kind: Kind, offers: Sequence[Offer], link: Link, kv_tokens: int) -> Division:
     """The planner's choice; the first offer is the head's. Raises ModelError where there is not the memory."""
-    devices = [planner.Device(one.name, _speed(one, kind), one.memory_bytes, one.disk_bytes_per_s) for one in offers]
+    devices = [
+        planner.Device(one.name, _speed(one, kind), one.memory_bytes, one.disk_bytes_per_s, one.layer_s)
+        for one in offers
+    ]
     choice = planner.plan(config, kind, devices, link, kv_tokens=kv_tokens).choice
     names = tuple(rank.device.name for rank in choice.ranks)
     return Division(names, tuple(rank.share for rank in choice.ranks), choice.token_s)

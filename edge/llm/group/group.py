@@ -87,7 +87,7 @@ class Group:
         self._wanted, self._kernel, self._collective = wanted, kernel, collective
         known = speed or speeds(store)
         memory = spare_bytes() if memory_bytes is None else memory_bytes
-        self._offer = Offer(HEAD, known.weights_per_s, memory, known.disk_bytes_per_s)
+        self._offer = Offer(HEAD, known.weights_per_s, memory, known.disk_bytes_per_s, known.layer_s)
         self._cuts = Cuts(folder, kind, store, limits)
         self._roster = Roster(limits)
         self._model: Model | None = None

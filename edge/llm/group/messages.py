@@ -31,12 +31,15 @@ _AGAIN = "install the same version of fedge on all devices"
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a device brings: weights multiplied per second by kind of weights, memory, and bytes per second of disk."""
+    """What a device brings: weights multiplied per second by kind of weights, memory, bytes per second of disk, and the
+    seconds that a layer takes besides.
+    """
 
     name: str
     weights_per_s: Mapping[str, float]
     memory_bytes: int
     disk_bytes_per_s: float
+    layer_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +83,9 @@ def hello(told: pb.Hello, host: str, limits: LlmLimits, *, secure: bool = False)
     speeds = dict(told.weights_per_s)
     _require(len(speeds) <= MAX_KINDS, "it has too many speeds")
     _require(all(math.isfinite(one) and one > 0 for one in (*speeds.values(), told.disk_bps)), "a speed is none")
+    _require(math.isfinite(told.layer_s) and told.layer_s >= 0, "its layers take a time that is none")
     own, port = _address(told.data_address)
-    offer = Offer(name, speeds, told.memory_bytes, told.disk_bps)
+    offer = Offer(name, speeds, told.memory_bytes, told.disk_bps, told.layer_s)
     return Hello(offer, told.incarnation, f"{own or host}:{port}", told.certificate, frozenset(told.shards))
 
 
