@@ -20,8 +20,8 @@ import numpy as np
 
 from fedge.core.errors import ModelError
 from fedge.core.lanes import plain_products
-from fedge.edge.llm.group.overhead import layer_s
 from fedge.edge.llm.cgroup import room_bytes
+from fedge.edge.llm.group.overhead import layer_s
 from fedge.edge.llm.kernels import KERNELS, Linear
 from fedge.edge.llm.quant import KINDS, Kind, Matrix, quantise
 
@@ -90,7 +90,7 @@ def _weights_per_s(kind: Kind) -> float:
     one = quantise(np.random.default_rng(0).standard_normal((_ROWS, _COLUMNS), np.float32), kind)
     usable = [kernel for kernel in KERNELS.values() if kernel.kind == kind and kernel.available()]
     kernel = min(usable, key=lambda kernel: _seconds([kernel.prepare(one)], _KERNEL_S / len(usable)))
-    apart = min(_APART_BYTES, room_bytes() // _PART_OF_ROOM)
+    apart = min(_APART_BYTES, int(room_bytes() / _PART_OF_ROOM))
     many = range(max(1, apart // one.data.nbytes))
     linears = [kernel.prepare(Matrix(kind, _ROWS, _COLUMNS, one.data.copy(), one.scale, None)) for _ in many]
     return _ROWS * _COLUMNS / _seconds(linears, _KERNEL_S)
