@@ -11,18 +11,18 @@ from typing import Any, Self
 
 from fedge.core.errors import ExperimentError
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm import engine as engines
-from fedge.edge.llm.folder import Folder, open_folder
+from fedge.edge.llm.engine import engine as engines
+from fedge.edge.llm.engine.handle import Handle
+from fedge.edge.llm.engine.requests import Piece, Request
+from fedge.edge.llm.engine.sampler import Sampling
 from fedge.edge.llm.group.division import everyone, planned
 from fedge.edge.llm.group.group import Group
 from fedge.edge.llm.group.local import local
-from fedge.edge.llm.handle import Handle
-from fedge.edge.llm.quant import Kind
-from fedge.edge.llm.requests import Piece, Request
-from fedge.edge.llm.sampler import Sampling
-from fedge.edge.llm.security import Ticket
-from fedge.edge.llm.template import Messages
-from fedge.edge.llm.tokenizer import Tokenizer
+from fedge.edge.llm.mesh.security import Ticket
+from fedge.edge.llm.models.folder import Folder, open_folder
+from fedge.edge.llm.models.template import Messages
+from fedge.edge.llm.models.tokenizer import Tokenizer
+from fedge.edge.llm.shards.quant import Kind
 from fedge.edge.runtime.memory import resident
 
 __all__ = ["Engine", "Request", "Sampling", "default_store"]

@@ -14,7 +14,7 @@ import typer
 from fedge.printing import Json, note, say, table
 
 if TYPE_CHECKING:
-    from fedge.edge.llm.planner import Plan
+    from fedge.edge.llm.shards.planner import Plan
 
 llm = typer.Typer(name="llm", help="A language model across small devices.")
 
@@ -57,8 +57,8 @@ def plan(
 ) -> None:
     """Predict the time of a token for every number of devices, and say which share each would hold."""
     from fedge import llm_inputs
-    from fedge.edge.llm import config as configs
-    from fedge.edge.llm import planner
+    from fedge.edge.llm.models import config as configs
+    from fedge.edge.llm.shards import planner
 
     config = configs.read(model)
     group = llm_inputs.devices(devices, ranks, llm_inputs.kind(kind), _bytes(memory))
@@ -81,9 +81,9 @@ def export(
 ) -> None:
     """Quantise a model and cut one file for every rank. `serve` does so by itself; this is to look, or to copy."""
     from fedge import llm_inputs
-    from fedge.edge.llm import export as exports
-    from fedge.edge.llm.folder import open_folder
-    from fedge.edge.llm.shares import balanced
+    from fedge.edge.llm.models.folder import open_folder
+    from fedge.edge.llm.shards import export as exports
+    from fedge.edge.llm.shards.shares import balanced
 
     chosen = llm_inputs.kind(kind)
     with open_folder(model) as opened:
@@ -154,7 +154,7 @@ def serve(
 ) -> None:
     """Serve a model by OpenAI's HTTP API. The key that it asks for is in the environment, FEDGE_API_KEY."""
     from fedge import llm_inputs, llm_runs
-    from fedge.edge.llm.http_gate import check_key
+    from fedge.edge.llm.api.http_gate import check_key
     from fedge.llm import Engine
 
     api_key = os.environ.get(API_KEY) or None
@@ -309,7 +309,7 @@ def device(
 ) -> None:
     """Answer with the lower layers where an exit is sure, and ask the cloud for a token where none is."""
     from fedge import llm_inputs, llm_runs
-    from fedge.edge.llm.http_gate import check_key
+    from fedge.edge.llm.api.http_gate import check_key
 
     api_key = os.environ.get(API_KEY) or None
     check_key(api_key)
@@ -350,7 +350,7 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal. The API key is in the environment, FEDGE_API_KEY."""
     from fedge import llm_inputs
-    from fedge.edge.llm import chat as chats
+    from fedge.edge.llm.api import chat as chats
 
     client = chats.Client(server, api_key=os.environ.get(API_KEY) or None)
     settings = {"max_tokens": max_tokens, "temperature": temperature}

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from fedge.core.errors import DataError, ExperimentError
-from fedge.edge.llm import security
 from fedge.edge.llm.group.blocks import spare_bytes
 from fedge.edge.llm.group.speeds import speeds
-from fedge.edge.llm.planner import Device, Plan
-from fedge.edge.llm.quant import KINDS, Kind
-from fedge.edge.llm.security import Ticket
+from fedge.edge.llm.mesh import security
+from fedge.edge.llm.mesh.security import Ticket
+from fedge.edge.llm.shards.planner import Device, Plan
+from fedge.edge.llm.shards.quant import KINDS, Kind
 from fedge.edge.plan.link import Link
 from fedge.llm import default_store
 

@@ -14,17 +14,17 @@ from typing import Any, Protocol
 import msgspec
 
 from fedge.core.errors import ModelError
-from fedge.edge.llm import http
+from fedge.edge.llm.api import http
+from fedge.edge.llm.api.http_server import Server
 from fedge.edge.llm.collab import device as collab_device
 from fedge.edge.llm.collab import halves
 from fedge.edge.llm.collab.decoder import Decoder, Settings, Summary, Token
 from fedge.edge.llm.collab.engine import Engine as CollabEngine
-from fedge.edge.llm.handle import Handle
-from fedge.edge.llm.http_server import Server
-from fedge.edge.llm.quant import Kind
-from fedge.edge.llm.requests import Piece, Request
-from fedge.edge.llm.sampler import Sampling
-from fedge.edge.llm.tokenizer import Tokenizer
+from fedge.edge.llm.engine.handle import Handle
+from fedge.edge.llm.engine.requests import Piece, Request
+from fedge.edge.llm.engine.sampler import Sampling
+from fedge.edge.llm.models.tokenizer import Tokenizer
+from fedge.edge.llm.shards.quant import Kind
 from fedge.edge.runtime.memory import Resident, resident
 from fedge.llm import Engine
 
@@ -45,7 +45,7 @@ class Served(Protocol):
     tokenizer: Tokenizer
 
     def submit(self, request: Request, on_piece: Callable[[Piece], None] | None = None) -> Handle:
-        """As fedge.edge.llm.engine's."""
+        """As fedge.edge.llm.engine.engine's."""
 
     def stats(self) -> dict[str, float]:
         """Figures."""

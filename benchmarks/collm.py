@@ -24,8 +24,8 @@ from benchmarks.collm_model import AGREEMENT, CACHE, Plan, Subject, say
 from benchmarks.harness import Goal, arguments, emit, goal
 from fedge.edge.llm.collab.thresholds import row as forced
 from fedge.edge.llm.collab.wire import Coding
-from fedge.edge.llm.quant import Kind
-from fedge.edge.llm.shard import open_shard
+from fedge.edge.llm.shards.quant import Kind
+from fedge.edge.llm.shards.shard import open_shard
 from tests.llm_fixture import folder as random_folder
 from tests.relay import Relay
 

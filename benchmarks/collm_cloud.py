@@ -21,14 +21,14 @@ import numpy as np
 
 from fedge.core.params import Array
 from fedge.edge.llm.collab.cloud import serve_cloud
-from fedge.edge.llm.head import Head
-from fedge.edge.llm.kernels import named
-from fedge.edge.llm.mesh import Alone
-from fedge.edge.llm.model import Model
-from fedge.edge.llm.rank import Rank
-from fedge.edge.llm.resident import Resident
-from fedge.edge.llm.shard import Shard, open_shard
-from fedge.edge.llm.step import Part, Step
+from fedge.edge.llm.compute.kernels import named
+from fedge.edge.llm.compute.resident import Resident
+from fedge.edge.llm.mesh.mesh import Alone
+from fedge.edge.llm.ranks.head import Head
+from fedge.edge.llm.ranks.model import Model
+from fedge.edge.llm.ranks.rank import Rank
+from fedge.edge.llm.ranks.step import Part, Step
+from fedge.edge.llm.shards.shard import Shard, open_shard
 
 Call = Literal["stream", "begin", "next", "states"]
 CALLS: tuple[Call, ...] = get_args(Call)

@@ -24,9 +24,9 @@ from fedge.edge.llm.collab.device import device
 from fedge.edge.llm.collab.halves import Halves, open_halves
 from fedge.edge.llm.collab.segments import Segments
 from fedge.edge.llm.collab.wire import Coding
-from fedge.edge.llm.kernels import named
-from fedge.edge.llm.resident import Resident
-from fedge.edge.llm.sampler import Sampling
+from fedge.edge.llm.compute.kernels import named
+from fedge.edge.llm.compute.resident import Resident
+from fedge.edge.llm.engine.sampler import Sampling
 
 Way = Mode | Literal["stream", "each", "resend"]
 WARM_TOKENS = 3

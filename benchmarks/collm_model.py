@@ -26,14 +26,14 @@ from fedge.edge.llm.collab.exits import Exits
 from fedge.edge.llm.collab.halves import CLOUD, Halves, cut
 from fedge.edge.llm.collab.segments import Segments
 from fedge.edge.llm.collab.thresholds import Seen
-from fedge.edge.llm.folder import open_folder
-from fedge.edge.llm.kernels import choose, named
-from fedge.edge.llm.model import Model
-from fedge.edge.llm.quant import Kind
-from fedge.edge.llm.resident import Resident
-from fedge.edge.llm.sampler import Sampling, sample
-from fedge.edge.llm.shard import export, open_shard
-from fedge.edge.llm.shares import even
+from fedge.edge.llm.compute.kernels import choose, named
+from fedge.edge.llm.compute.resident import Resident
+from fedge.edge.llm.engine.sampler import Sampling, sample
+from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.ranks.model import Model
+from fedge.edge.llm.shards.quant import Kind
+from fedge.edge.llm.shards.shard import export, open_shard
+from fedge.edge.llm.shards.shares import even
 
 CACHE = Path.home() / ".cache/fedge-data"
 AGREEMENT = 0.98

@@ -19,9 +19,9 @@ from benchmarks.harness import Goal, goal
 from benchmarks.llm_models import Shape
 from benchmarks.llm_net import Net
 from benchmarks.llm_ranks import Crew, Opening, Taken
-from fedge.edge.llm import planner
-from fedge.edge.llm.shard import open_shard
-from fedge.edge.llm.shares import FFN_GRANULE, costs
+from fedge.edge.llm.shards import planner
+from fedge.edge.llm.shards.shard import open_shard
+from fedge.edge.llm.shards.shares import FFN_GRANULE, costs
 from fedge.edge.plan.link import Link
 
 Row = dict[str, Any]

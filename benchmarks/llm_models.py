@@ -20,11 +20,12 @@ import numpy as np
 
 from fedge.core.errors import ModelError
 from fedge.core.params import Array
-from fedge.edge.llm import about, export, layout, mapped, quant, shares
-from fedge.edge.llm.config import read
-from fedge.edge.llm.folder import open_folder, promised
-from fedge.edge.llm.quant import Kind
-from fedge.edge.llm.shard import open_shard
+from fedge.edge.llm.models import mapped
+from fedge.edge.llm.models.config import read
+from fedge.edge.llm.models.folder import open_folder, promised
+from fedge.edge.llm.shards import about, export, layout, quant, shares
+from fedge.edge.llm.shards.quant import Kind
+from fedge.edge.llm.shards.shard import open_shard
 
 CACHE = Path.home() / ".cache/fedge-data"
 WEIGHTS = "model.safetensors"

@@ -9,8 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from fedge.edge.llm import rank as ranks
-from fedge.edge.llm.attention import Attention
+from fedge.edge.llm.ranks import rank as ranks
+from fedge.edge.llm.ranks.attention import Attention
 
 
 class Clock:

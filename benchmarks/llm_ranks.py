@@ -23,16 +23,16 @@ from benchmarks.llm_processes import Process, watch
 from benchmarks.llm_profile import Clock, Timed
 from fedge.core.limits import LlmLimits
 from fedge.core.params import Array
-from fedge.edge.llm import kernels
-from fedge.edge.llm.mesh import Alone, Mesh, connect
-from fedge.edge.llm.model import Model
-from fedge.edge.llm.quant import Kind, Matrix
-from fedge.edge.llm.rank import Rank
-from fedge.edge.llm.resident import Resident
-from fedge.edge.llm.shard import open_shard
-from fedge.edge.llm.step import Part, Step
-from fedge.edge.llm.window import Window
-from fedge.edge.llm.worker import serve_steps
+from fedge.edge.llm.compute import kernels
+from fedge.edge.llm.compute.resident import Resident
+from fedge.edge.llm.compute.window import Window
+from fedge.edge.llm.mesh.mesh import Alone, Mesh, connect
+from fedge.edge.llm.ranks.model import Model
+from fedge.edge.llm.ranks.rank import Rank
+from fedge.edge.llm.ranks.step import Part, Step
+from fedge.edge.llm.ranks.worker import serve_steps
+from fedge.edge.llm.shards.quant import Kind, Matrix
+from fedge.edge.llm.shards.shard import open_shard
 
 LIMITS = LlmLimits(connect_timeout_s=120.0, step_timeout_s=120.0)  # under a cap, ranks are not ready at the same time
 WARM_TOKENS = 8

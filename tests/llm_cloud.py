@@ -15,12 +15,12 @@ import numpy as np
 from fedge.core.params import Array
 from fedge.edge.llm.collab import wire
 from fedge.edge.llm.collab.wire import Told, Verify, Want
-from fedge.edge.llm.folder import open_folder
-from fedge.edge.llm.rank import Rank
-from fedge.edge.llm.security import SERVER_NAME, Ticket
-from fedge.edge.llm.shard import export, open_shard
-from fedge.edge.llm.shares import even
-from fedge.edge.llm.step import Part, Step
+from fedge.edge.llm.mesh.security import SERVER_NAME, Ticket
+from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.ranks.rank import Rank
+from fedge.edge.llm.ranks.step import Part, Step
+from fedge.edge.llm.shards.shard import export, open_shard
+from fedge.edge.llm.shards.shares import even
 from fedge.protos import llm_pb2 as pb
 from tests.llm_fixture import folder
 from tests.llm_ranks import Plain, Room, ThreadMesh

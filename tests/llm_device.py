@@ -22,16 +22,16 @@ from fedge.edge.llm.collab.halves import Halves, cut
 from fedge.edge.llm.collab.segments import Segments
 from fedge.edge.llm.collab.uplink import Uplink
 from fedge.edge.llm.collab.wire import SERVICE, Asked, Coding, Hidden, Told, asked, told_bytes
-from fedge.edge.llm.config import read
-from fedge.edge.llm.folder import open_folder
-from fedge.edge.llm.kernels import named
-from fedge.edge.llm.mesh import Alone
-from fedge.edge.llm.model import Model
-from fedge.edge.llm.resident import Resident
-from fedge.edge.llm.sampler import Sampling, sample
-from fedge.edge.llm.shard import Shard, export, open_shard
-from fedge.edge.llm.shares import even
-from fedge.edge.llm.step import Part, Step
+from fedge.edge.llm.compute.kernels import named
+from fedge.edge.llm.compute.resident import Resident
+from fedge.edge.llm.engine.sampler import Sampling, sample
+from fedge.edge.llm.mesh.mesh import Alone
+from fedge.edge.llm.models.config import read
+from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.ranks.model import Model
+from fedge.edge.llm.ranks.step import Part, Step
+from fedge.edge.llm.shards.shard import Shard, export, open_shard
+from fedge.edge.llm.shards.shares import even
 from fedge.protos import llm_pb2 as pb
 from tests.llm_fixture import folder
 

@@ -8,8 +8,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from fedge.core.params import Array
-from fedge.edge.llm.config import read
-from fedge.edge.llm.folder import INDEX, SINGLE, promised
+from fedge.edge.llm.models.config import read
+from fedge.edge.llm.models.folder import INDEX, SINGLE, promised
 
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 TEMPLATE = (

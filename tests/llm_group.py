@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm.mesh import Mesh, connect
-from fedge.edge.llm.security import Tls, identity
+from fedge.edge.llm.mesh.mesh import Mesh, connect
+from fedge.edge.llm.mesh.security import Tls, identity
 
 KEY = b"the session's secret of the test"
 LIMITS = LlmLimits(connect_timeout_s=5.0, step_timeout_s=5.0)

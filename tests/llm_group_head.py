@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm.folder import open_folder
 from fedge.edge.llm.group import device
 from fedge.edge.llm.group.division import everyone
 from fedge.edge.llm.group.group import Group
 from fedge.edge.llm.group.speeds import Speeds
-from fedge.edge.llm.model import Model
-from fedge.edge.llm.step import Part, Step
+from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.ranks.model import Model
+from fedge.edge.llm.ranks.step import Part, Step
 
 SPEED = Speeds({"float32": 1e9, "int8": 1e9, "int4": 1e9}, 1e9)
 KERNEL = "numpy-float32"

@@ -3,7 +3,7 @@ wrong about slots, positions, copies or frees either raises here or changes the 
 
 import numpy as np
 
-from fedge.edge.llm.sampler import Sampling, sample
+from fedge.edge.llm.engine.sampler import Sampling, sample
 
 VOCAB = 11
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from fedge.core.params import Array
-from fedge.edge.llm.folder import open_folder
-from fedge.edge.llm.model import Model
-from fedge.edge.llm.quant import Matrix, dequantise
-from fedge.edge.llm.rank import Rank
-from fedge.edge.llm.shard import BlockSpec, Shard, export, open_shard
-from fedge.edge.llm.shares import Share
-from fedge.edge.llm.step import Part, Step, decode, encode
-from fedge.edge.llm.worker import serve_steps
+from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.ranks.model import Model
+from fedge.edge.llm.ranks.rank import Rank
+from fedge.edge.llm.ranks.step import Part, Step, decode, encode
+from fedge.edge.llm.ranks.worker import serve_steps
+from fedge.edge.llm.shards.quant import Matrix, dequantise
+from fedge.edge.llm.shards.shard import BlockSpec, Shard, export, open_shard
+from fedge.edge.llm.shards.shares import Share
 
 WAIT_S = 20.0
 

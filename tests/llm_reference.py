@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from fedge.core.params import Array
-from fedge.edge.llm import rope
-from fedge.edge.llm.config import Config
-from fedge.edge.llm.folder import EMBEDDING, HEAD, NORM, Folder, open_folder
+from fedge.edge.llm.models import rope
+from fedge.edge.llm.models.config import Config
+from fedge.edge.llm.models.folder import EMBEDDING, HEAD, NORM, Folder, open_folder
 
 
 def logits(model: Path | Folder, ids: list[int] | Array) -> Array:

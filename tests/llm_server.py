@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm.config import read
-from fedge.edge.llm.engine import Engine
-from fedge.edge.llm.folder import open_folder
-from fedge.edge.llm.http import app
-from fedge.edge.llm.http_server import Server
-from fedge.edge.llm.mesh import Alone
-from fedge.edge.llm.model import Model
-from fedge.edge.llm.shard import export, open_shard
-from fedge.edge.llm.shares import even
-from fedge.edge.llm.tokenizer import Tokenizer
+from fedge.edge.llm.api.http import app
+from fedge.edge.llm.api.http_server import Server
+from fedge.edge.llm.engine.engine import Engine
+from fedge.edge.llm.mesh.mesh import Alone
+from fedge.edge.llm.models.config import read
+from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.models.tokenizer import Tokenizer
+from fedge.edge.llm.ranks.model import Model
+from fedge.edge.llm.shards.shard import export, open_shard
+from fedge.edge.llm.shards.shares import even
 from tests.llm_fixture import folder
 from tests.llm_ranks import Plain
 

@@ -12,7 +12,7 @@ from benchmarks.collm import ALONE, CALIBRATED, EACH, EXACT, GOAL_MS, GUESSES, N
 from benchmarks.collm_device import Device, Order
 from fedge.core.errors import ModelError
 from fedge.edge.llm.collab.thresholds import row
-from fedge.edge.llm.shard import open_shard
+from fedge.edge.llm.shards.shard import open_shard
 from tests.llm_fixture import folder
 from tests.llm_reference import logits
 from tests.relay import Relay

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedge.edge.llm import attention
+from fedge.edge.llm.ranks import attention
 
 
 def _attention(queries: Any, keys: Any, values: Any, start: int, window: int) -> Any:

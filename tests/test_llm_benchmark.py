@@ -17,9 +17,9 @@ from benchmarks.llm_models import TINY
 from benchmarks.llm_net import Net
 from benchmarks.llm_processes import ControlGroup, Process, limits_work, watch
 from benchmarks.llm_ranks import Crew, Opening, Taken
-from fedge.edge.llm.folder import open_folder
-from fedge.edge.llm.shard import open_shard
-from fedge.edge.llm.shares import even
+from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.shards.shard import open_shard
+from fedge.edge.llm.shards.shares import even
 from tests.llm_reference import logits
 
 TOKENS = 6

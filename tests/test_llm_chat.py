@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from fedge.core.errors import AddressError, ExperimentError, Overloaded
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm.chat import Answer, Client, ask, chat, plain
-from fedge.edge.llm.requests import Request
-from fedge.edge.llm.sampler import Sampling
+from fedge.edge.llm.api.chat import Answer, Client, ask, chat, plain
+from fedge.edge.llm.engine.requests import Request
+from fedge.edge.llm.engine.sampler import Sampling
 from tests.llm_server import NAME, served
 from tests.test_llm_http import Slow
 

@@ -21,11 +21,11 @@ from fedge.core.limits import LlmLimits
 from fedge.edge.llm.collab import wire
 from fedge.edge.llm.collab.cloud import cloud_at, serve_cloud
 from fedge.edge.llm.collab.wire import GREEDY, STATES_MISSING, Forget, Hidden, Want
-from fedge.edge.llm.folder import open_folder
-from fedge.edge.llm.sampler import Sampling, sample
-from fedge.edge.llm.security import Ticket, make_ticket, read_key, read_ticket
-from fedge.edge.llm.shard import export
-from fedge.edge.llm.shares import even
+from fedge.edge.llm.engine.sampler import Sampling, sample
+from fedge.edge.llm.mesh.security import Ticket, make_ticket, read_key, read_ticket
+from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.shards.shard import export
+from fedge.edge.llm.shards.shares import even
 from fedge.protos import llm_pb2 as pb
 from tests.llm_cloud import KERNEL, LAYER, LAYERS, Halves, Line, halves, line, meet
 from tests.llm_reference import logits

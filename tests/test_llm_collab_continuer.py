@@ -18,13 +18,13 @@ from fedge.core.params import Array
 from fedge.edge.llm.collab.cloud import ContinueService, serve
 from fedge.edge.llm.collab.continuer import Continuer
 from fedge.edge.llm.collab.wire import STATES_MISSING, Hidden, Told, Verify, Want
-from fedge.edge.llm.head import Head
-from fedge.edge.llm.kernels import KERNELS
-from fedge.edge.llm.mesh import Alone
-from fedge.edge.llm.rank import Rank
-from fedge.edge.llm.resident import Resident
-from fedge.edge.llm.shard import open_shard
-from fedge.edge.llm.step import Step
+from fedge.edge.llm.compute.kernels import KERNELS
+from fedge.edge.llm.compute.resident import Resident
+from fedge.edge.llm.mesh.mesh import Alone
+from fedge.edge.llm.ranks.head import Head
+from fedge.edge.llm.ranks.rank import Rank
+from fedge.edge.llm.ranks.step import Step
+from fedge.edge.llm.shards.shard import open_shard
 from tests.llm_cloud import KERNEL, LAYER, WAIT_S, Halves, halves, line
 
 IDS = np.random.default_rng(7).integers(0, 128, 40).tolist()

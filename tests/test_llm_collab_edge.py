@@ -20,9 +20,9 @@ from fedge.edge.llm.collab.exchange import Exchange, Question
 from fedge.edge.llm.collab.segments import Segments
 from fedge.edge.llm.collab.states import States
 from fedge.edge.llm.collab.wire import STATES_MISSING, Forget, Hidden, Told, Verify, Want
-from fedge.edge.llm.folder import open_folder
-from fedge.edge.llm.sampler import Sampling
-from fedge.edge.llm.security import Ticket, identity
+from fedge.edge.llm.engine.sampler import Sampling
+from fedge.edge.llm.mesh.security import Ticket, identity
+from fedge.edge.llm.models.folder import open_folder
 from tests import llm_reference as reference
 from tests.llm_device import CONTEXT, GREEDY, KERNEL, Cut, Scripted, blocks, cut_model, until
 

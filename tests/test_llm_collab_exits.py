@@ -21,7 +21,7 @@ from fedge.edge.llm.collab.fit import Effort, Lesson, Vocabulary, fit
 from fedge.edge.llm.collab.teacher import pieces, teacher
 from fedge.edge.llm.collab.thresholds import Seen, compact, row, table, threshold_for
 from fedge.edge.llm.collab.train import FEWEST, divide, train_exits
-from fedge.edge.llm.folder import EMBEDDING, HEAD, NORM, open_folder
+from fedge.edge.llm.models.folder import EMBEDDING, HEAD, NORM, open_folder
 from tests.llm_fixture import folder
 from tests.llm_reference import attention, ffn, norm
 from tests.llm_reference import logits as whole

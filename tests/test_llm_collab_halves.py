@@ -13,11 +13,11 @@ from fedge.core.errors import ExperimentError, ModelError
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm.collab.exits import logits, save, untrained
 from fedge.edge.llm.collab.halves import CLOUD, DESCRIPTION, EXITS, cut, open_halves
-from fedge.edge.llm.folder import NORM, open_folder
-from fedge.edge.llm.mesh import Alone
-from fedge.edge.llm.rank import Rank
-from fedge.edge.llm.shard import Shard, digest
-from fedge.edge.llm.step import Part, Step
+from fedge.edge.llm.mesh.mesh import Alone
+from fedge.edge.llm.models.folder import NORM, open_folder
+from fedge.edge.llm.ranks.rank import Rank
+from fedge.edge.llm.ranks.step import Part, Step
+from fedge.edge.llm.shards.shard import Shard, digest
 from tests.llm_fixture import folder
 from tests.llm_ranks import Plain, difference
 from tests.llm_reference import ffn, norm

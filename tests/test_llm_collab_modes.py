@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from fedge.core.errors import AddressError, DataError, ExperimentError, Overloaded
 from fedge.core.limits import LlmLimits
+from fedge.edge.llm.api.http import app
+from fedge.edge.llm.api.http_server import Server
 from fedge.edge.llm.collab import exits
 from fedge.edge.llm.collab.cloud import cloud_at
 from fedge.edge.llm.collab.decoder import Decoder, Mode, Settings, Summary, Token
@@ -21,12 +23,10 @@ from fedge.edge.llm.collab.device import device
 from fedge.edge.llm.collab.engine import Engine
 from fedge.edge.llm.collab.halves import open_halves
 from fedge.edge.llm.collab.wire import Want
-from fedge.edge.llm.http import app
-from fedge.edge.llm.http_server import Server
-from fedge.edge.llm.model import Model
-from fedge.edge.llm.requests import Piece, Request
-from fedge.edge.llm.sampler import Sampling, sample
-from fedge.edge.llm.tokenizer import Tokenizer
+from fedge.edge.llm.engine.requests import Piece, Request
+from fedge.edge.llm.engine.sampler import Sampling, sample
+from fedge.edge.llm.models.tokenizer import Tokenizer
+from fedge.edge.llm.ranks.model import Model
 from tests.llm_device import (
     GREEDY,
     KERNEL,

@@ -11,8 +11,8 @@ from hypothesis.extra import numpy as arrays
 
 from fedge.core.errors import ExperimentError
 from fedge.core.params import Array
-from fedge.edge.llm.collectives import BLOCK, choose, decode, encode, seconds
-from fedge.edge.llm.mesh import Mesh
+from fedge.edge.llm.mesh.collectives import BLOCK, choose, decode, encode, seconds
+from fedge.edge.llm.mesh.mesh import Mesh
 from tests.llm_group import group
 
 Sum = Callable[[list[Array]], Array]

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from fedge.core.errors import AddressError, DataError, ExperimentError, ModelError, Overloaded, RankLost
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm.engine import MAX_LOSSES, Engine
-from fedge.edge.llm.requests import Request
-from fedge.edge.llm.sampler import Sampling, logprobs
-from fedge.edge.llm.stops import StopText
+from fedge.edge.llm.engine.engine import MAX_LOSSES, Engine
+from fedge.edge.llm.engine.requests import Request
+from fedge.edge.llm.engine.sampler import Sampling, logprobs
+from fedge.edge.llm.engine.stops import StopText
 from tests.llm_oracle import VOCAB, Oracle, alone, logits
 
 GREEDY = Sampling(temperature=0)

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from fedge.core.errors import RankLost
-from fedge.edge.llm.config import read
-from fedge.edge.llm.engine import Engine
-from fedge.edge.llm.folder import open_folder
-from fedge.edge.llm.mesh import Alone
-from fedge.edge.llm.model import Model
-from fedge.edge.llm.quant import Matrix, dequantise
-from fedge.edge.llm.requests import Request
-from fedge.edge.llm.sampler import Sampling
-from fedge.edge.llm.scheduler import Scheduler
-from fedge.edge.llm.shard import export, open_shard
-from fedge.edge.llm.shares import even
-from fedge.edge.llm.tokenizer import Tokenizer
+from fedge.edge.llm.engine.engine import Engine
+from fedge.edge.llm.engine.requests import Request
+from fedge.edge.llm.engine.sampler import Sampling
+from fedge.edge.llm.engine.scheduler import Scheduler
+from fedge.edge.llm.mesh.mesh import Alone
+from fedge.edge.llm.models.config import read
+from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.models.tokenizer import Tokenizer
+from fedge.edge.llm.ranks.model import Model
+from fedge.edge.llm.shards.quant import Matrix, dequantise
+from fedge.edge.llm.shards.shard import export, open_shard
+from fedge.edge.llm.shards.shares import even
 from tests import llm_reference
 from tests.llm_fixture import folder
 

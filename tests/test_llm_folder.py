@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 
 from fedge.core.errors import DataError, ModelError
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm import config, rope
-from fedge.edge.llm.folder import EMBEDDING, HEAD, INDEX, NORM, SINGLE, open_folder
-from fedge.edge.llm.mapped import Mapped, entries
+from fedge.edge.llm.models import config, rope
+from fedge.edge.llm.models.folder import EMBEDDING, HEAD, INDEX, NORM, SINGLE, open_folder
+from fedge.edge.llm.models.mapped import Mapped, entries
 from tests.llm_fixture import folder, stored, write
 from tests.llm_reference import logits
 

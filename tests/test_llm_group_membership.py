@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from fedge.core.errors import DataError, RefusedClient
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm import security
 from fedge.edge.llm.group import membership, messages
 from fedge.edge.llm.group.membership import TABLE, Event, Phase
 from fedge.edge.llm.group.messages import Hello, Offer
 from fedge.edge.llm.group.roster import Roster
+from fedge.edge.llm.mesh import security
 from fedge.protos import llm_pb2 as pb
 
 LIMITS = LlmLimits(max_ranks=4, silence_s=5.0, rest_s=30.0)

@@ -15,15 +15,15 @@ from dataclasses import replace
 import pytest
 
 from fedge.core.errors import RankLost
-from fedge.edge.llm.engine import Engine
-from fedge.edge.llm.folder import open_folder
+from fedge.edge.llm.engine.engine import Engine
+from fedge.edge.llm.engine.requests import Request
+from fedge.edge.llm.engine.sampler import Sampling
 from fedge.edge.llm.group import group as groups
 from fedge.edge.llm.group.child import Settings
 from fedge.edge.llm.group.division import everyone
 from fedge.edge.llm.group.local import child, local
-from fedge.edge.llm.requests import Request
-from fedge.edge.llm.sampler import Sampling
-from fedge.edge.llm.security import Ticket
+from fedge.edge.llm.mesh.security import Ticket
+from fedge.edge.llm.models.folder import open_folder
 from tests.llm_fixture import folder
 from tests.llm_group_head import KERNEL, LIMITS, MEMORY, PROMPT, SPEED, alone, greedy, head, until
 
@@ -213,7 +213,7 @@ import sys
 from pathlib import Path
 from tests.llm_group_head import head, greedy
 from tests.test_llm_group_processes import WORD, worker
-from fedge.edge.llm.security import Ticket
+from fedge.edge.llm.mesh.security import Ticket
 tmp = Path({str(tmp_path)!r})
 with head(Path({str(model)!r}), tmp / "head", ticket=Ticket("", WORD), wanted=2, listen=sys.argv[1]) as group:
     with worker(group, tmp, "child") as process:

@@ -12,19 +12,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedge.core.errors import AddressError, ExperimentError, ModelError, StaleIncarnation
-from fedge.edge.llm import security
-from fedge.edge.llm.config import Config, Rope
-from fedge.edge.llm.control import TOKEN
-from fedge.edge.llm.engine import Engine
+from fedge.edge.llm.engine.engine import Engine
+from fedge.edge.llm.engine.requests import Request
+from fedge.edge.llm.engine.sampler import Sampling
 from fedge.edge.llm.group import device
 from fedge.edge.llm.group import group as groups
 from fedge.edge.llm.group.division import HOPED, Division, everyone, planned
 from fedge.edge.llm.group.messages import PROTOCOL, Offer
 from fedge.edge.llm.group.service import SERVICE
-from fedge.edge.llm.requests import Request
-from fedge.edge.llm.sampler import Sampling
-from fedge.edge.llm.security import Ticket
-from fedge.edge.llm.shares import even
+from fedge.edge.llm.mesh import security
+from fedge.edge.llm.mesh.control import TOKEN
+from fedge.edge.llm.mesh.security import Ticket
+from fedge.edge.llm.models.config import Config, Rope
+from fedge.edge.llm.shards.shares import even
 from fedge.edge.plan.link import Link
 from fedge.protos import llm_pb2 as pb
 from tests.llm_fixture import folder

@@ -9,13 +9,13 @@ import pytest
 
 from fedge.core.errors import ExperimentError, ModelError, RankLost
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm.folder import open_folder
 from fedge.edge.llm.group.cuts import Cuts
 from fedge.edge.llm.group.download import download
 from fedge.edge.llm.group.speeds import FILE, speeds
 from fedge.edge.llm.group.store import Store
-from fedge.edge.llm.shard import open_shard
-from fedge.edge.llm.shares import even
+from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.shards.shard import open_shard
+from fedge.edge.llm.shards.shares import even
 from fedge.protos import llm_pb2 as pb
 from tests.llm_fixture import folder
 

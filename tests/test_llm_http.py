@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from fedge.core.errors import AddressError, ExperimentError
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm.http import app
-from fedge.edge.llm.http_server import Server
-from fedge.edge.llm.metrics import Histogram
-from fedge.edge.llm.requests import Request
-from fedge.edge.llm.sampler import Sampling
+from fedge.edge.llm.api.http import app
+from fedge.edge.llm.api.http_server import Server
+from fedge.edge.llm.api.metrics import Histogram
+from fedge.edge.llm.engine.requests import Request
+from fedge.edge.llm.engine.sampler import Sampling
 from tests.llm_server import NAME, VOCAB, served
 
 HI = [{"role": "user", "content": "Hi there"}]

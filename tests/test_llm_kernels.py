@@ -2,18 +2,20 @@
 
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedge.core.errors import ExperimentError, ModelError
-from fedge.edge.llm import graph, kernels, onnx_kernels
-from fedge.edge.llm.kernels import KERNELS, choose, named, rows_alone
-from fedge.edge.llm.quant import KINDS, Matrix, dequantise, quantise
+from fedge.edge.llm.compute import graph, kernels, onnx_kernels
+from fedge.edge.llm.compute.kernels import KERNELS, choose, named, rows_alone
+from fedge.edge.llm.shards.quant import KINDS, Matrix, dequantise, quantise
 
 NAMES = sorted(KERNELS)
 # Where a kernel rounds x to 8 bits the error is that of the rounding, not of sums.
@@ -216,8 +218,8 @@ def test_the_graph_is_onnx():
 LEAN = """
 import sys
 import numpy as np
-from fedge.edge.llm.kernels import choose
-from fedge.edge.llm.quant import quantise
+from fedge.edge.llm.compute.kernels import choose
+from fedge.edge.llm.shards.quant import quantise
 
 class Nothing:
     def find_spec(self, name, *_):
@@ -244,9 +246,9 @@ def test_a_device_needs_neither_torch_nor_onnx(barred):
 PRIVATE = """
 import gc, sys
 import numpy as np
-from fedge.edge.llm import heap
-from fedge.edge.llm.kernels import KERNELS
-from fedge.edge.llm.quant import Matrix, quantise
+from fedge.edge.llm.compute import heap
+from fedge.edge.llm.compute.kernels import KERNELS
+from fedge.edge.llm.shards.quant import Matrix, quantise
 from fedge.edge.runtime.memory import resident
 
 def now():
@@ -271,3 +273,20 @@ def test_sessions_hold_little_more_than_the_weights(name, most):
     """Per byte of a matrix in the shard. It is at least 0.9, or the memory would not have been measured."""
     done = subprocess.run([sys.executable, "-c", PRIVATE, name], capture_output=True, text=True, check=True)
     assert 0.9 < float(done.stdout) < most
+
+
+@pytest.mark.parametrize("name", [one.name for one in KERNELS.values() if one.name.startswith("torch")])
+def test_torch_has_one_thread_whoever_multiplies(name: str) -> None:
+    """torch keeps the number of its threads for each calling thread; ranks are run by others than those that load."""
+    kernel = KERNELS[name]
+    linear = kernel.prepare(quantise(np.ones((64, 64), np.float32), kernel.kind))
+    seen: list[int] = []
+
+    def work() -> None:
+        linear(np.ones((1, 64), np.float32))
+        seen.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [1]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fedge.core.errors import ExperimentError, RankLost
-from fedge.edge.llm.kvcache import KVCache
-from fedge.edge.llm.step import Copy, Part, Step
+from fedge.edge.llm.ranks.kvcache import KVCache
+from fedge.edge.llm.ranks.step import Copy, Part, Step
 
 MIB = 1 << 20
 

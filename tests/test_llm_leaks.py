@@ -23,14 +23,14 @@ import numpy as np
 import pytest
 
 from fedge.core.errors import DataError
-from fedge.edge.llm import frames
+from fedge.edge.llm.api.http import app
+from fedge.edge.llm.api.http_server import Server
+from fedge.edge.llm.engine.sampler import Sampling
+from fedge.edge.llm.engine.scheduler import Scheduler
 from fedge.edge.llm.group import speeds
-from fedge.edge.llm.http import app
-from fedge.edge.llm.http_server import Server
-from fedge.edge.llm.kvcache import KVCache
-from fedge.edge.llm.sampler import Sampling
-from fedge.edge.llm.scheduler import Scheduler
-from fedge.edge.llm.step import Part, Step
+from fedge.edge.llm.mesh import frames
+from fedge.edge.llm.ranks.kvcache import KVCache
+from fedge.edge.llm.ranks.step import Part, Step
 from fedge.llm import Engine
 from tests import llm_group
 from tests.llm_fixture import folder

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedge.edge.llm.folder import open_folder
 from fedge.edge.llm.group.speeds import FILE
-from fedge.edge.llm.security import make_ticket
+from fedge.edge.llm.mesh.security import make_ticket
+from fedge.edge.llm.models.folder import open_folder
 from fedge.llm import Engine
 from tests.llm_fixture import folder
 from tests.llm_machines import NAME, Machine, Tap, complete, evict, get, hub, inside, machines, missing, until
@@ -114,7 +114,7 @@ def test_what_one_machine_cannot_hold_ends_with_a_sentence_until_another_is_back
 def test_the_fastest_kernel_is_found_in_the_memory_of_a_small_device(permitted, kind, tmp_path):
     """Of which the kernel kills whoever takes more."""
     with machines(["board"], 180 << 20, RATE_MBIT, tmp_path) as (board,):
-        words = f"from fedge.edge.llm import kernels; print(kernels.choose({kind!r}, shape=(2048, 1024)).name)"
+        words = f"from fedge.edge.llm.compute import kernels; print(kernels.choose({kind!r}, shape=(2048, 1024)).name)"
         assert board.python("-c", words).wait(60) == 0, board.said
         assert kind in board.said
         assert not board.group.killed

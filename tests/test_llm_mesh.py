@@ -19,18 +19,18 @@ import pytest
 
 from fedge.core.errors import ExperimentError, RankLost
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm import handshake
-from fedge.edge.llm.folder import open_folder
-from fedge.edge.llm.frames import FLOAT32, HEADER, MAGIC, PART, STEP, Link
-from fedge.edge.llm.links import LinkSpeed
-from fedge.edge.llm.mesh import Alone, Mesh, connect
-from fedge.edge.llm.model import Model
-from fedge.edge.llm.rank import Rank
-from fedge.edge.llm.shard import export, open_shard
-from fedge.edge.llm.shares import even
-from fedge.edge.llm.step import Copy, Part, Step, encode
-from fedge.edge.llm.wires import Plain
-from fedge.edge.llm.worker import serve_steps
+from fedge.edge.llm.mesh import handshake
+from fedge.edge.llm.mesh.frames import FLOAT32, HEADER, MAGIC, PART, STEP, Link
+from fedge.edge.llm.mesh.links import LinkSpeed
+from fedge.edge.llm.mesh.mesh import Alone, Mesh, connect
+from fedge.edge.llm.mesh.wires import Plain
+from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.ranks.model import Model
+from fedge.edge.llm.ranks.rank import Rank
+from fedge.edge.llm.ranks.step import Copy, Part, Step, encode
+from fedge.edge.llm.ranks.worker import serve_steps
+from fedge.edge.llm.shards.shard import export, open_shard
+from fedge.edge.llm.shards.shares import even
 from tests.llm_fixture import folder
 from tests.llm_group import KEY, LIMITS, group, in_threads, listeners
 from tests.llm_ranks import Plain as Dequantised
@@ -231,7 +231,7 @@ def test_the_end_can_be_sent_to_ranks_that_are_gone() -> None:
 @contextlib.contextmanager
 def _mesh_against_bytes(limits: LlmLimits = SHORT) -> Iterator[tuple[Mesh, socket.socket]]:
     """Rank 1 of 2, and the bare socket that plays rank 0."""
-    from fedge.edge.llm.collectives import Group
+    from fedge.edge.llm.mesh.collectives import Group
 
     ours, theirs = socket.socketpair()
     mesh = Mesh(Group(1, 2, {0: Link(0, Plain(ours, limits.step_timeout_s), 3, limits)}), limits)

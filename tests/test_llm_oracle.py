@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from fedge.core.params import Array
-from fedge.edge.llm import config, rope
-from fedge.edge.llm.folder import open_folder
-from fedge.edge.llm.template import Template
+from fedge.edge.llm.models import config, rope
+from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.models.template import Template
 from tests.llm_reference import logits
 
 pytestmark = pytest.mark.slow  # the import of transformers alone

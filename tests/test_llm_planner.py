@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedge.core.errors import ModelError
-from fedge.edge.llm.config import Config, Rope
-from fedge.edge.llm.planner import Device, kv_bytes, plan
-from fedge.edge.llm.shares import Share
+from fedge.edge.llm.models.config import Config, Rope
+from fedge.edge.llm.shards.planner import Device, kv_bytes, plan
+from fedge.edge.llm.shards.shares import Share
 from fedge.edge.plan.link import Link
 
 TINY_LLAMA = Config(

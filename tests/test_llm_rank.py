@@ -9,19 +9,19 @@ import pytest
 
 from fedge.core.errors import DataError, ExperimentError, ModelError, RankLost
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm.folder import open_folder
-from fedge.edge.llm.head import Head
-from fedge.edge.llm.kernels import KERNELS
-from fedge.edge.llm.mesh import Alone, Mesh
-from fedge.edge.llm.model import Model
-from fedge.edge.llm.quant import dequantise
-from fedge.edge.llm.rank import Rank
-from fedge.edge.llm.resident import Resident
-from fedge.edge.llm.shard import Shard, export, open_shard
-from fedge.edge.llm.shares import Share, even
-from fedge.edge.llm.step import Copy, Part, Step
-from fedge.edge.llm.window import Window
-from fedge.edge.llm.worker import serve_steps
+from fedge.edge.llm.compute.kernels import KERNELS
+from fedge.edge.llm.compute.resident import Resident
+from fedge.edge.llm.compute.window import Window
+from fedge.edge.llm.mesh.mesh import Alone, Mesh
+from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.ranks.head import Head
+from fedge.edge.llm.ranks.model import Model
+from fedge.edge.llm.ranks.rank import Rank
+from fedge.edge.llm.ranks.step import Copy, Part, Step
+from fedge.edge.llm.ranks.worker import serve_steps
+from fedge.edge.llm.shards.quant import dequantise
+from fedge.edge.llm.shards.shard import Shard, export, open_shard
+from fedge.edge.llm.shards.shares import Share, even
 from tests.llm_fixture import folder
 from tests.llm_group import group as sockets
 from tests.llm_ranks import Plain, Room, ThreadMesh, chunks, difference, group

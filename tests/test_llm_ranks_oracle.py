@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedge.edge.llm.shares import Share
+from fedge.edge.llm.shards.shares import Share
 from tests.llm_ranks import chunks, difference, group
 from tests.test_llm_oracle import CASES, build, theirs
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedge.core.errors import ExperimentError, ModelError
-from fedge.edge.llm.sampler import Sampling, logprobs, sample, uniform
+from fedge.edge.llm.engine.sampler import Sampling, logprobs, sample, uniform
 
 LOGITS = st.lists(st.integers(-40, 40), min_size=1, max_size=40).map(lambda values: np.array(values, np.float32) / 4)
 FLAT = np.zeros(6, np.float32)

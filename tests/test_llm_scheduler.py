@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fedge.core.errors import DataError, ExperimentError
-from fedge.edge.llm.lookup import Lookup
-from fedge.edge.llm.scheduler import MAX_DRAFT, MIN_COMMON, Scheduler
-from fedge.edge.llm.step import Copy, Part
+from fedge.edge.llm.engine.lookup import Lookup
+from fedge.edge.llm.engine.scheduler import MAX_DRAFT, MIN_COMMON, Scheduler
+from fedge.edge.llm.ranks.step import Copy, Part
 from tests.llm_oracle import VOCAB, Oracle, alone
 
 LONG = [(7 * at + at // 5) % VOCAB for at in range(40)]

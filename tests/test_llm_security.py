@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedge.core.errors import ExperimentError, RankLost
-from fedge.edge.llm import handshake
-from fedge.edge.llm.handshake import is_loopback
-from fedge.edge.llm.mesh import connect
-from fedge.edge.llm.security import (
+from fedge.edge.llm.mesh import handshake
+from fedge.edge.llm.mesh.handshake import is_loopback
+from fedge.edge.llm.mesh.mesh import connect
+from fedge.edge.llm.mesh.security import (
     KEY,
     SERVER_NAME,
     TICKET,

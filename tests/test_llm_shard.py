@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from fedge.core.errors import DataError, ExperimentError, ModelError
-from fedge.edge.llm import export as exporting
-from fedge.edge.llm.about import fault
-from fedge.edge.llm.folder import open_folder
-from fedge.edge.llm.layout import PAGE
-from fedge.edge.llm.quant import KINDS, Matrix, quantise
-from fedge.edge.llm.shard import digest, export, open_shard
-from fedge.edge.llm.shares import Share, bytes_of, even
+from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.shards import export as exporting
+from fedge.edge.llm.shards.about import fault
+from fedge.edge.llm.shards.layout import PAGE
+from fedge.edge.llm.shards.quant import KINDS, Matrix, quantise
+from fedge.edge.llm.shards.shard import digest, export, open_shard
+from fedge.edge.llm.shards.shares import Share, bytes_of, even
 from tests.llm_fixture import folder
 
 UNEVEN = (Share((0, 1), (0, 96)), Share((1, 1), (96, 96)), Share((1, 2), (96, 100)))

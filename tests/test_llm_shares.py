@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedge.core.errors import ExperimentError
-from fedge.edge.llm.config import Config, Rope
-from fedge.edge.llm.shares import FFN_GRANULE, balanced, bytes_of, costs, even, proportional
+from fedge.edge.llm.models.config import Config, Rope
+from fedge.edge.llm.shards.shares import FFN_GRANULE, balanced, bytes_of, costs, even, proportional
 
 CONFIG = Config(
     "llama", 22, 2048, 5632, 32, 4, 64, 32000, 2048, 1e-5, Rope(), False, False, False, False, False, 0, None, ()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedge.core.errors import RankLost
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm.step import Copy, Part, Step, decode, encode
+from fedge.edge.llm.ranks.step import Copy, Part, Step, decode, encode
 
 
 def test_steps_survive_their_bytes() -> None:

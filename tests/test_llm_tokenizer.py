@@ -11,8 +11,8 @@ from tokenizers import AddedToken, decoders, models, normalizers
 
 from fedge.core.errors import DataError, ModelError
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm.template import Template
-from fedge.edge.llm.tokenizer import Tokenizer
+from fedge.edge.llm.models.template import Template
+from fedge.edge.llm.models.tokenizer import Tokenizer
 from tests.llm_fixture import folder
 
 CHAT = [{"role": "user", "content": "Hi <you> & me"}, {"role": "assistant", "content": "Yes"}]

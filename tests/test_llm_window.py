@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from fedge.core.errors import ModelError
 from fedge.core.limits import LlmLimits
 from fedge.core.params import Array
-from fedge.edge.llm import blockfile
-from fedge.edge.llm.cgroup import room_bytes
-from fedge.edge.llm.folder import open_folder
-from fedge.edge.llm.kernels import KERNELS
-from fedge.edge.llm.layout import BlockSpec
-from fedge.edge.llm.quant import KINDS
-from fedge.edge.llm.resident import Resident
-from fedge.edge.llm.shard import export, open_shard
-from fedge.edge.llm.shares import even
-from fedge.edge.llm.window import Window, pinned
+from fedge.edge.llm.compute import blockfile
+from fedge.edge.llm.compute.cgroup import room_bytes
+from fedge.edge.llm.compute.kernels import KERNELS
+from fedge.edge.llm.compute.resident import Resident
+from fedge.edge.llm.compute.window import Window, pinned
+from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.shards.layout import BlockSpec
+from fedge.edge.llm.shards.quant import KINDS
+from fedge.edge.llm.shards.shard import export, open_shard
+from fedge.edge.llm.shards.shares import even
 from tests.llm_fixture import folder
 
 PAGE = 4096
@@ -190,9 +190,9 @@ def test_what_was_copied_leaves_the_cache(tmp_path):
 FREED = """
 import sys
 from pathlib import Path
-from fedge.edge.llm.kernels import KERNELS
-from fedge.edge.llm.resident import Resident
-from fedge.edge.llm.shard import open_shard
+from fedge.edge.llm.compute.kernels import KERNELS
+from fedge.edge.llm.compute.resident import Resident
+from fedge.edge.llm.shards.shard import open_shard
 from fedge.edge.runtime.memory import resident
 import numpy as np
 
@@ -380,9 +380,9 @@ MEMORY = """
 import sys
 from pathlib import Path
 import numpy as np
-from fedge.edge.llm.kernels import KERNELS
-from fedge.edge.llm.shard import open_shard
-from fedge.edge.llm.window import Window
+from fedge.edge.llm.compute.kernels import KERNELS
+from fedge.edge.llm.shards.shard import open_shard
+from fedge.edge.llm.compute.window import Window
 from fedge.edge.runtime.memory import resident
 
 shard = open_shard(Path(sys.argv[1]))

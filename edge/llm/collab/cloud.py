@@ -18,18 +18,18 @@ import grpc
 
 from fedge.core.errors import FedgeError, ModelError
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm import control
 from fedge.edge.llm.collab import wire
 from fedge.edge.llm.collab.continuer import Continuer
 from fedge.edge.llm.collab.stream import Stream
 from fedge.edge.llm.collab.wire import Forget, Hidden, Told
-from fedge.edge.llm.head import Head
-from fedge.edge.llm.kernels import choose, named
-from fedge.edge.llm.mesh import Alone
-from fedge.edge.llm.rank import Rank
-from fedge.edge.llm.resident import Resident
-from fedge.edge.llm.security import Ticket
-from fedge.edge.llm.shard import Shard, open_shard
+from fedge.edge.llm.compute.kernels import choose, named
+from fedge.edge.llm.compute.resident import Resident
+from fedge.edge.llm.mesh import control
+from fedge.edge.llm.mesh.mesh import Alone
+from fedge.edge.llm.mesh.security import Ticket
+from fedge.edge.llm.ranks.head import Head
+from fedge.edge.llm.ranks.rank import Rank
+from fedge.edge.llm.shards.shard import Shard, open_shard
 from fedge.protos import llm_pb2 as pb
 
 Context = Any  # grpc.ServicerContext; grpcio is not typed

@@ -20,10 +20,10 @@ from fedge.core.limits import LlmLimits
 from fedge.core.params import Array
 from fedge.edge.llm.collab.contexts import Contexts, Key, Session
 from fedge.edge.llm.collab.wire import STATES_MISSING, Hidden, Told, Verify, Want
-from fedge.edge.llm.head import Head
-from fedge.edge.llm.rank import Rank
-from fedge.edge.llm.sampler import sample
-from fedge.edge.llm.step import Part, Step
+from fedge.edge.llm.engine.sampler import sample
+from fedge.edge.llm.ranks.head import Head
+from fedge.edge.llm.ranks.rank import Rank
+from fedge.edge.llm.ranks.step import Part, Step
 
 Tell = Callable[[Told], None]
 _log = logging.getLogger("fedge")

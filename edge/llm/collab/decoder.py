@@ -18,7 +18,7 @@ from fedge.edge.llm.collab import decider, exits
 from fedge.edge.llm.collab.exits import Exit
 from fedge.edge.llm.collab.segments import Segments
 from fedge.edge.llm.collab.wire import Told
-from fedge.edge.llm.sampler import Sampling, sample
+from fedge.edge.llm.engine.sampler import Sampling, sample
 
 log = logging.getLogger("fedge")
 

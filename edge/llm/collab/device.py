@@ -12,9 +12,9 @@ from fedge.edge.llm.collab.halves import Halves
 from fedge.edge.llm.collab.segments import Segments
 from fedge.edge.llm.collab.uplink import Uplink
 from fedge.edge.llm.collab.wire import Coding
-from fedge.edge.llm.kernels import choose, named
-from fedge.edge.llm.resident import Resident
-from fedge.edge.llm.security import Ticket
+from fedge.edge.llm.compute.kernels import choose, named
+from fedge.edge.llm.compute.resident import Resident
+from fedge.edge.llm.mesh.security import Ticket
 
 
 @contextlib.contextmanager

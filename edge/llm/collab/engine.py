@@ -1,4 +1,4 @@
-"""Requests to a device and its cloud, one after the other: the same face as fedge.edge.llm.engine.Engine.
+"""Requests to a device and its cloud, one after the other: the same face as fedge.edge.llm.engine.engine.Engine.
 
 Owns the thread, the queue, and the sums over requests. Whatever fails ends the request it hit, with one sentence. Must
 never decide where a token comes from (decoder.py).
@@ -18,12 +18,12 @@ import numpy as np
 from fedge.core.errors import AddressError, DataError, FedgeError, Overloaded
 from fedge.core.limits import LlmLimits
 from fedge.core.params import Array
-from fedge.edge.llm.answer import Answer
 from fedge.edge.llm.collab.decoder import Decoder, Summary, Token
-from fedge.edge.llm.engine import Tokenizer
-from fedge.edge.llm.handle import Handle
-from fedge.edge.llm.requests import Piece, Request
-from fedge.edge.llm.sampler import Sampling
+from fedge.edge.llm.engine.answer import Answer
+from fedge.edge.llm.engine.engine import Tokenizer
+from fedge.edge.llm.engine.handle import Handle
+from fedge.edge.llm.engine.requests import Piece, Request
+from fedge.edge.llm.engine.sampler import Sampling
 
 log = logging.getLogger("fedge")
 

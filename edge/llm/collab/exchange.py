@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fedge.core.params import Array
 from fedge.edge.llm.collab import wire
 from fedge.edge.llm.collab.states import States
-from fedge.edge.llm.sampler import Sampling
+from fedge.edge.llm.engine.sampler import Sampling
 
 FLIGHT_BYTES = 1 << 19  # of states that the cloud has not said it knows
 _TOLD_AGAIN = 2  # times that a cloud may say of one question that it lacks states

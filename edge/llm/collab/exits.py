@@ -23,12 +23,12 @@ from fedge.core.errors import DataError, ExperimentError, ModelError
 from fedge.core.limits import LlmLimits
 from fedge.core.params import Array
 from fedge.edge.exits.calibrate import COLDEST, HOTTEST
-from fedge.edge.llm.about import MAX_SIZE
-from fedge.edge.llm.config import Config
-from fedge.edge.llm.export import METADATA
-from fedge.edge.llm.folder import NORM, Folder
-from fedge.edge.llm.mapped import Mapped
-from fedge.edge.llm.pointwise import gate, rms_norm
+from fedge.edge.llm.models.config import Config
+from fedge.edge.llm.models.folder import NORM, Folder
+from fedge.edge.llm.models.mapped import Mapped
+from fedge.edge.llm.ranks.pointwise import gate, rms_norm
+from fedge.edge.llm.shards.about import MAX_SIZE
+from fedge.edge.llm.shards.export import METADATA
 
 FORMAT = 1
 _AGAIN = "train the exits again"

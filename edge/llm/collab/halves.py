@@ -18,14 +18,14 @@ import msgspec
 
 from fedge.core.errors import ModelError
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm import shard as shards
 from fedge.edge.llm.collab import exits as exit_files
 from fedge.edge.llm.collab.exits import Exits
-from fedge.edge.llm.export import Progress, export
-from fedge.edge.llm.folder import Folder, open_folder
-from fedge.edge.llm.quant import Kind
-from fedge.edge.llm.shard import Shard, open_shard
-from fedge.edge.llm.shares import even
+from fedge.edge.llm.models.folder import Folder, open_folder
+from fedge.edge.llm.shards import shard as shards
+from fedge.edge.llm.shards.export import Progress, export
+from fedge.edge.llm.shards.quant import Kind
+from fedge.edge.llm.shards.shard import Shard, open_shard
+from fedge.edge.llm.shards.shares import even
 
 FORMAT = 1
 DESCRIPTION = "collab.json"

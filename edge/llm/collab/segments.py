@@ -14,10 +14,10 @@ import numpy as np
 from fedge.core.errors import ModelError
 from fedge.core.limits import LlmLimits
 from fedge.core.params import Array
-from fedge.edge.llm.mesh import Alone
-from fedge.edge.llm.rank import Blocks, Linear, Rank
-from fedge.edge.llm.shard import Shard
-from fedge.edge.llm.step import Part, Step
+from fedge.edge.llm.mesh.mesh import Alone
+from fedge.edge.llm.ranks.rank import Blocks, Linear, Rank
+from fedge.edge.llm.ranks.step import Part, Step
+from fedge.edge.llm.shards.shard import Shard
 
 
 class Segments:

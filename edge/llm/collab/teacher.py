@@ -15,18 +15,18 @@ import numpy as np
 from fedge.core.errors import ExperimentError
 from fedge.core.params import Array
 from fedge.core.random import derive
-from fedge.edge.llm.engine import Engine
-from fedge.edge.llm.folder import Folder
-from fedge.edge.llm.head import Head
-from fedge.edge.llm.kernels import named
-from fedge.edge.llm.mesh import Alone
-from fedge.edge.llm.rank import Rank
-from fedge.edge.llm.requests import Request
-from fedge.edge.llm.resident import Resident
-from fedge.edge.llm.sampler import Sampling
-from fedge.edge.llm.shard import export, open_shard
-from fedge.edge.llm.shares import even
-from fedge.edge.llm.step import Part, Step
+from fedge.edge.llm.compute.kernels import named
+from fedge.edge.llm.compute.resident import Resident
+from fedge.edge.llm.engine.engine import Engine
+from fedge.edge.llm.engine.requests import Request
+from fedge.edge.llm.engine.sampler import Sampling
+from fedge.edge.llm.mesh.mesh import Alone
+from fedge.edge.llm.models.folder import Folder
+from fedge.edge.llm.ranks.head import Head
+from fedge.edge.llm.ranks.rank import Rank
+from fedge.edge.llm.ranks.step import Part, Step
+from fedge.edge.llm.shards.shard import export, open_shard
+from fedge.edge.llm.shards.shares import even
 
 SPAN = 256  # tokens of one sequence, at most
 SLOTS = 16

@@ -23,9 +23,9 @@ from fedge.edge.llm.collab import exits as exit_files
 from fedge.edge.llm.collab.exits import Exit, Exits, Figures, logits
 from fedge.edge.llm.collab.teacher import Teacher, pieces, teacher
 from fedge.edge.llm.collab.thresholds import Seen, compact, row, table, threshold_for
-from fedge.edge.llm.folder import EMBEDDING, HEAD, NORM, Folder, open_folder
-from fedge.edge.llm.pointwise import rms_norm
-from fedge.edge.llm.tokenizer import Tokenizer
+from fedge.edge.llm.models.folder import EMBEDDING, HEAD, NORM, Folder, open_folder
+from fedge.edge.llm.models.tokenizer import Tokenizer
+from fedge.edge.llm.ranks.pointwise import rms_norm
 
 if TYPE_CHECKING:
     from fedge.edge.llm.collab.fit import Effort

@@ -20,8 +20,8 @@ from fedge.core.limits import LlmLimits
 from fedge.core.params import Array
 from fedge.edge.llm.collab import wire
 from fedge.edge.llm.collab.exchange import Exchange, Question
-from fedge.edge.llm.sampler import Sampling
-from fedge.edge.llm.security import SERVER_NAME, Ticket
+from fedge.edge.llm.engine.sampler import Sampling
+from fedge.edge.llm.mesh.security import SERVER_NAME, Ticket
 from fedge.protos import llm_pb2 as pb
 from fedge.protos import llm_pb2_grpc as rpc
 

@@ -17,8 +17,8 @@ from google.protobuf.message import DecodeError
 from fedge.core.errors import DataError
 from fedge.core.limits import LlmLimits
 from fedge.core.params import Array
-from fedge.edge.llm.control import TOKEN
-from fedge.edge.llm.sampler import Sampling
+from fedge.edge.llm.engine.sampler import Sampling
+from fedge.edge.llm.mesh.control import TOKEN
 from fedge.protos import llm_pb2 as pb
 
 PROTOCOL = 1

@@ -6,13 +6,13 @@ Owns that choice, which is measured once per process. Must never know of other r
 from functools import cache
 
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm import heap, kernels
-from fedge.edge.llm.cgroup import room_bytes
-from fedge.edge.llm.kernels import Kernel
-from fedge.edge.llm.quant import Kind
-from fedge.edge.llm.resident import Resident
-from fedge.edge.llm.shard import Shard
-from fedge.edge.llm.window import Window
+from fedge.edge.llm.compute import heap, kernels
+from fedge.edge.llm.compute.cgroup import room_bytes
+from fedge.edge.llm.compute.kernels import Kernel
+from fedge.edge.llm.compute.resident import Resident
+from fedge.edge.llm.compute.window import Window
+from fedge.edge.llm.shards.quant import Kind
+from fedge.edge.llm.shards.shard import Shard
 
 _PART_OF_FREE = 0.8
 _UNLIMITED = 1 << 50

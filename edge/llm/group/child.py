@@ -14,7 +14,7 @@ import msgspec
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm.group.device import run
 from fedge.edge.llm.group.speeds import Speeds
-from fedge.edge.llm.security import Ticket
+from fedge.edge.llm.mesh.security import Ticket
 
 _GRACE_S = 5.0  # for an orderly end
 

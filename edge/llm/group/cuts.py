@@ -14,11 +14,11 @@ import msgspec
 
 from fedge.core.errors import ModelError
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm.folder import Folder
-from fedge.edge.llm.layout import bytes_of
-from fedge.edge.llm.quant import Kind
-from fedge.edge.llm.shard import digest, export
-from fedge.edge.llm.shares import Share
+from fedge.edge.llm.models.folder import Folder
+from fedge.edge.llm.shards.layout import bytes_of
+from fedge.edge.llm.shards.quant import Kind
+from fedge.edge.llm.shards.shard import digest, export
+from fedge.edge.llm.shards.shares import Share
 
 INDEX = "cut.json"
 

@@ -21,14 +21,14 @@ import grpc
 from fedge.core import addresses
 from fedge.core.errors import AddressError, DataError, ExperimentError, StaleIncarnation
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm import security
-from fedge.edge.llm.control import TOKEN, is_local
 from fedge.edge.llm.group import messages
 from fedge.edge.llm.group.service import SERVICE
 from fedge.edge.llm.group.speeds import Speeds, speeds
 from fedge.edge.llm.group.store import Store
 from fedge.edge.llm.group.work import Self, Work
-from fedge.edge.llm.security import SERVER_NAME, Ticket
+from fedge.edge.llm.mesh import security
+from fedge.edge.llm.mesh.control import TOKEN, is_local
+from fedge.edge.llm.mesh.security import SERVER_NAME, Ticket
 from fedge.edge.runtime.memory import resident
 from fedge.protos import llm_pb2 as pb
 

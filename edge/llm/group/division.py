@@ -6,11 +6,11 @@ Owns the two ways: by the planner's prediction, or all devices by their speeds. 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedge.edge.llm import planner
-from fedge.edge.llm.config import Config
 from fedge.edge.llm.group.messages import Offer
-from fedge.edge.llm.quant import Kind
-from fedge.edge.llm.shares import Share, balanced
+from fedge.edge.llm.models.config import Config
+from fedge.edge.llm.shards import planner
+from fedge.edge.llm.shards.quant import Kind
+from fedge.edge.llm.shards.shares import Share, balanced
 from fedge.edge.plan.link import Link
 
 HOPED = Link(bandwidth_bps=1e9, rtt_s=2e-4)  # of a link that was never measured: too slow ones show at the first try

@@ -14,9 +14,6 @@ from pathlib import Path
 from fedge.core import addresses
 from fedge.core.errors import AddressError, ExperimentError, ModelError, RankLost
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm import security
-from fedge.edge.llm.control import is_local, serve
-from fedge.edge.llm.folder import Folder
 from fedge.edge.llm.group import membership
 from fedge.edge.llm.group.blocks import open_blocks, spare_bytes
 from fedge.edge.llm.group.cuts import Cut, Cuts
@@ -27,12 +24,15 @@ from fedge.edge.llm.group.messages import HEAD, PROTOCOL, Offer
 from fedge.edge.llm.group.roster import Roster
 from fedge.edge.llm.group.service import Ranks
 from fedge.edge.llm.group.speeds import Speeds, speeds
-from fedge.edge.llm.mesh import Alone, Mesh, connect
-from fedge.edge.llm.model import Model
-from fedge.edge.llm.quant import KINDS, Kind
-from fedge.edge.llm.security import Ticket, Tls
-from fedge.edge.llm.shard import open_shard
-from fedge.edge.llm.shares import Share
+from fedge.edge.llm.mesh import security
+from fedge.edge.llm.mesh.control import is_local, serve
+from fedge.edge.llm.mesh.mesh import Alone, Mesh, connect
+from fedge.edge.llm.mesh.security import Ticket, Tls
+from fedge.edge.llm.models.folder import Folder
+from fedge.edge.llm.ranks.model import Model
+from fedge.edge.llm.shards.quant import KINDS, Kind
+from fedge.edge.llm.shards.shard import open_shard
+from fedge.edge.llm.shards.shares import Share
 from fedge.edge.plan.link import Link
 from fedge.protos import llm_pb2 as pb
 

@@ -13,13 +13,13 @@ from typing import Any
 import msgspec
 
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm.folder import Folder
 from fedge.edge.llm.group.blocks import spare_bytes
 from fedge.edge.llm.group.child import Settings, argv
 from fedge.edge.llm.group.group import Group
 from fedge.edge.llm.group.speeds import Speeds, speeds
-from fedge.edge.llm.quant import Kind
-from fedge.edge.llm.security import Ticket
+from fedge.edge.llm.mesh.security import Ticket
+from fedge.edge.llm.models.folder import Folder
+from fedge.edge.llm.shards.quant import Kind
 
 _END_S = 10.0  # for a child to end by itself
 

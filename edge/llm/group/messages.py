@@ -16,9 +16,9 @@ from google.protobuf.message import DecodeError
 from fedge.core import addresses
 from fedge.core.errors import AddressError, DataError, ExperimentError
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm.about import MAX_SIZE
-from fedge.edge.llm.collectives import COLLECTIVES
-from fedge.edge.llm.handshake import LEAST_KEY_BYTES
+from fedge.edge.llm.mesh.collectives import COLLECTIVES
+from fedge.edge.llm.mesh.handshake import LEAST_KEY_BYTES
+from fedge.edge.llm.shards.about import MAX_SIZE
 from fedge.protos import llm_pb2 as pb
 
 PROTOCOL = 1

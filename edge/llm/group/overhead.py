@@ -11,12 +11,12 @@ from typing import Any, cast
 import numpy as np
 
 from fedge.core.params import Array
-from fedge.edge.llm.about import Share
-from fedge.edge.llm.config import Config, Rope
-from fedge.edge.llm.layout import BlockSpec
-from fedge.edge.llm.mesh import Alone
-from fedge.edge.llm.rank import Linear, Rank
-from fedge.edge.llm.step import Part, Step
+from fedge.edge.llm.mesh.mesh import Alone
+from fedge.edge.llm.models.config import Config, Rope
+from fedge.edge.llm.ranks.rank import Linear, Rank
+from fedge.edge.llm.ranks.step import Part, Step
+from fedge.edge.llm.shards.about import Share
+from fedge.edge.llm.shards.layout import BlockSpec
 
 _LAYERS, _TOKENS = 4, 128  # of context
 _LEAST_ROUNDS = 4

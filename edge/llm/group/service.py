@@ -14,10 +14,10 @@ import grpc
 
 from fedge.core.errors import DataError, ExperimentError, FedgeError
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm import control
 from fedge.edge.llm.group import messages
 from fedge.edge.llm.group.roster import Roster, Seat
-from fedge.edge.llm.security import Ticket
+from fedge.edge.llm.mesh import control
+from fedge.edge.llm.mesh.security import Ticket
 from fedge.protos import llm_pb2 as pb
 
 SERVICE = "fedge.llm.v1.Ranks"

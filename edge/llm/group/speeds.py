@@ -20,10 +20,10 @@ import numpy as np
 
 from fedge.core.errors import ModelError
 from fedge.core.lanes import plain_products
-from fedge.edge.llm.cgroup import room_bytes
+from fedge.edge.llm.compute.cgroup import room_bytes
+from fedge.edge.llm.compute.kernels import KERNELS, Linear
 from fedge.edge.llm.group.overhead import layer_s
-from fedge.edge.llm.kernels import KERNELS, Linear
-from fedge.edge.llm.quant import KINDS, Kind, Matrix, quantise
+from fedge.edge.llm.shards.quant import KINDS, Kind, Matrix, quantise
 
 FILE = "speeds.json"
 _WAY = "2"  # of measuring; what was measured in another way is measured again

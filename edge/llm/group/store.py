@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedge.core.errors import DataError, ExperimentError, ModelError
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm import shard
+from fedge.edge.llm.shards import shard
 
 _ENDING, _PART = ".safetensors", ".part"
 

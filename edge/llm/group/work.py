@@ -19,11 +19,11 @@ from fedge.edge.llm.group.blocks import open_blocks
 from fedge.edge.llm.group.download import Fetch, download
 from fedge.edge.llm.group.messages import clip, join_host
 from fedge.edge.llm.group.store import Store
-from fedge.edge.llm.mesh import Mesh, connect
-from fedge.edge.llm.rank import Rank
-from fedge.edge.llm.security import Tls
-from fedge.edge.llm.shard import Shard, open_shard
-from fedge.edge.llm.worker import serve_steps
+from fedge.edge.llm.mesh.mesh import Mesh, connect
+from fedge.edge.llm.mesh.security import Tls
+from fedge.edge.llm.ranks.rank import Rank
+from fedge.edge.llm.ranks.worker import serve_steps
+from fedge.edge.llm.shards.shard import Shard, open_shard
 from fedge.protos import llm_pb2 as pb
 
 log = logging.getLogger("fedge")

@@ -1,0 +1,1 @@
+"""Many requests at a time: what a pass holds, which token follows, who gets it."""

@@ -1,0 +1,1 @@
+"""How machines talk: sockets, frames, sums in one order, and who may listen and call."""

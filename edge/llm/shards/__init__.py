@@ -1,0 +1,1 @@
+"""Who holds what, how it is rounded, and the file it lies in."""
