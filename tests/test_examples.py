@@ -24,7 +24,13 @@ with warnings.catch_warnings():  # typer still imports what click has deprecated
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", EXAMPLES / "README.md", ROOT / "docs" / "edge.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    EXAMPLES / "README.md",
+    ROOT / "docs" / "edge.md",
+    ROOT / "docs" / "llm.md",
+]
 EXPERIMENTS = [*EXAMPLES.rglob("*.toml"), ROOT / "app" / "starter.toml"]
 SERVED = "127.0.0.1:7443"  # where the README's devices join
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -36,8 +42,9 @@ def read(path: Path) -> str:
 
 def fedge_words(page: Path) -> list[list[str]]:
     """Every command that begins with `fedge`, without that word: in fences, indented, or in backticks."""
-    fences = re.findall(r"^```sh\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL)
-    code = [*"".join(fences).splitlines(), *re.findall(r"^    (.*)|`([^`\n]+)`", read(page), re.MULTILINE)]
+    text = read(page).replace("\\\n", " ")  # a line may go on
+    fences = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    code = [*"".join(fences).splitlines(), *re.findall(r"^    (.*)|`([^`\n]+)`", text, re.MULTILINE)]
     lines = ["".join(piece) for piece in code]
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fedge ")]
 
