@@ -220,7 +220,7 @@ def train_exits(
     agreement: Annotated[float, typer.Option(help="Share of tokens that shall be the full model's.")] = 0.98,
     kind: KindName = "int8",
     cloud_kind: Annotated[str, typer.Option(help="How the cloud holds its weights.")] = "int8",
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the order of training.")] = 0,
     json: Json = False,
 ) -> None:
     """Train early exits for a model, and cut it into the half of a device and that of a cloud."""
