@@ -1,6 +1,7 @@
-"""What all tests share: optimised pieces go to a folder of the session, never to the user's cache."""
+"""What all tests share: optimised pieces go to a folder of the session, never to the user's cache; Ctrl-C works."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -18,3 +19,11 @@ def _own_cache() -> Iterator[None]:
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c() -> Iterator[None]:
+    """As in a terminal, here and in child processes, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

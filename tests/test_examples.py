@@ -149,7 +149,7 @@ def test_the_readmes_simulation_runs(tmp_path: Path) -> None:
     for words in fedge_words(ROOT / "README.md"):
         if words[0] == "run":
             words += ["--set", "experiment.stop.updates=20", "--quiet"]
-        if words[0] not in ("serve", "join", "status", "edge"):
+        if words[0] not in ("serve", "join", "status", "edge", "llm"):
             fedge_run(*words, cwd=tmp_path)
     assert (tmp_path / "compare" / "compare.html").is_file()
     assert fedge.load_run(tmp_path / "runs" / "b").experiment.server.scheduler["kind"] == "fedbuff"

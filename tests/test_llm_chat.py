@@ -5,7 +5,6 @@ import json
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -21,14 +20,6 @@ from tests.llm_server import NAME, served
 from tests.test_llm_http import Slow
 
 COLD = {"temperature": 0, "max_tokens": 8}
-
-
-@pytest.fixture(autouse=True)
-def _keyboard() -> Iterator[None]:
-    """Ctrl-C works as in a terminal, also where the tests run in the background, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
