@@ -24,6 +24,7 @@ from fedge.edge.exits.rules import RULES
 FORMAT = 1
 INPUT = "input"  # the name of the first boundary
 OUTPUT = "output"  # and of the last
+LARGE_BYTES = 1 << 14  # answers from this size on, maps rather than logits, are packed: exact, and worth the time
 DESCRIPTION = "bundle.json"
 WEIGHTS = "weights.data"
 MOST_BYTES = 1 << 40  # that a sample may be said to take; more would overflow in estimates of time

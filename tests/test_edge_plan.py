@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedge.core.errors import DataError, ExperimentError
-from fedge.edge.bundle import INPUT, OUTPUT, Exit, Sent, Tensor
+from fedge.edge.bundle import INPUT, LARGE_BYTES, OUTPUT, Exit, Sent, Tensor
 from fedge.edge.plan import replan
 from fedge.edge.plan.link import OFFLINE, Link, LinkState, estimate, observe
 from fedge.edge.plan.options import Option, build
@@ -148,6 +148,14 @@ def test_real_bytes_count_more_than_those_of_a_profile() -> None:
     known = msgspec.structs.replace(line.bundle, codings={"b0": {"u8": Sent(0.9, 17.5)}, "b1": {"u8": Sent(0.9)}})
     sizes = {option.boundary: option.bytes for option in build(known, line.device, line.cloud)}
     assert (sizes["b0"], sizes["b1"]) == (17.5, line.device.codings[coding_key("b1", "u8")].bytes)
+
+
+def test_large_answers_are_packed_and_so_not_counted() -> None:
+    line = _line()
+    tensors = (Tensor("map", "float32", (-1, LARGE_BYTES // 4)),)
+    large = msgspec.structs.replace(line.bundle.boundary(OUTPUT), tensors=tensors)
+    bundle = msgspec.structs.replace(line.bundle, boundaries=(*line.bundle.boundaries[:-1], large))
+    assert {option.reply_bytes for option in build(bundle, line.device, line.cloud)} == {0}
 
 
 def test_codings_may_be_given_which_leaves_plain_neurosurgeon() -> None:

@@ -14,12 +14,11 @@ import numpy as np
 from fedge.core.errors import FedgeError, ModelError, OurFault
 from fedge.core.limits import EdgeLimits
 from fedge.core.params import Array
-from fedge.edge.bundle import OUTPUT, Bundle, Piece, Tensor
+from fedge.edge.bundle import LARGE_BYTES, OUTPUT, Bundle, Piece, Tensor
 from fedge.edge.cloud.wire import Request
 from fedge.edge.coding.codings import Coded, decode, encode
 from fedge.edge.runtime.sessions import Runner, open_piece
 
-LARGE_BYTES = 1 << 14  # outputs from this size on, maps rather than logits, are packed: exact, and worth the time
 Outcome = tuple[Coded, ...] | FedgeError
 _log = logging.getLogger("fedge")
 

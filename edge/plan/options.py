@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from fedge.core.errors import DataError
-from fedge.edge.bundle import INPUT, OUTPUT, Boundary, Bundle, Exit, Sent
+from fedge.edge.bundle import INPUT, LARGE_BYTES, OUTPUT, Boundary, Bundle, Exit, Sent
 from fedge.edge.exits.rules import NEVER
 from fedge.edge.plan.link import Link
 from fedge.edge.plan.profile import CodingCost, Profile, coding_key, piece_key
@@ -27,8 +27,9 @@ class Option:
     `worst_s` what a sample takes that never leaves. `boundary` and `coding` are None where nothing is sent.
 
     `sent` is the share of samples for which the cloud is asked; `carries_input`, whether a tensor of the input is among
-    what crosses, as it also is at a cut that the input goes around. `bytes` go up, `reply_bytes`, the outputs of one
-    sample as they lie in memory, come down. Memory and accuracy are None where unknown.
+    what crosses, as it also is at a cut that the input goes around. `bytes` go up, `reply_bytes` come down: those of
+    large answers, which are packed to nobody knows how little, are not counted. Memory and accuracy are None where
+    unknown.
     """
 
     pieces: tuple[tuple[str, str], ...]
@@ -184,8 +185,14 @@ def _option(
         memory_bytes=None if None in memory else sum(size or 0 for size in memory),
         accuracy=None if way.sent.accuracy is None else way.sent.accuracy + gained,
         carries_input=_carries_input(bundle, way.boundary),
-        reply_bytes=raw_bytes(bundle.boundary(OUTPUT)) if sending else 0.0,
+        reply_bytes=_reply_bytes(bundle) if sending else 0.0,
     )
+
+
+def _reply_bytes(bundle: Bundle) -> int:
+    """Of one sample, as far as it is known before it comes."""
+    size = raw_bytes(bundle.boundary(OUTPUT))
+    return size if size < LARGE_BYTES else 0
 
 
 def _carries_input(bundle: Bundle, boundary: str | None) -> bool:
