@@ -100,9 +100,9 @@ def test_memory_of_a_piece_that_does_not_run_is_an_error(made, tmp_path):
 
 
 def test_memory_is_told_apart(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(8 << 20))  # before: the heap may keep these bytes
     before = memory.resident()
     held = np.ones(64 << 20, np.uint8)
-    (tmp_path / "file").write_bytes(bytes(8 << 20))
     mapped = np.memmap(tmp_path / "file", np.uint8, mode="r")
     total = int(mapped.sum()) + int(held[0])
     found = memory.resident().since(before)
