@@ -100,7 +100,7 @@ class Engine:
                 between=self.group.improve,
             )
             self._opened.callback(self.engine.close)
-        except BaseException:
+        except BaseException:  # raised again: what was opened must not outlive a start that failed
             self._opened.close()
             raise
 
