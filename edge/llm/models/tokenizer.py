@@ -42,8 +42,6 @@ class Tokenizer:
             self._pieces = _Pieces(self._inner)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except (KeyboardInterrupt, SystemExit):
-            raise
         except BaseException as error:  # the library raises Exception itself, and its panics are not even that
             raise ModelError(f"{folder / 'tokenizer.json'} cannot be used ({error!s:.200}); fetch it again.") from error
         self._settings = _json(folder / "tokenizer_config.json", limits)
