@@ -101,8 +101,9 @@ def engine(tmp: Path):
     (store / speeds.FILE).write_bytes(msgspec.json.encode(known))
     settings = {"kind": "float32", "kernel": "numpy-float32", "memory_bytes": 1 << 30, "use_all": True}
     path = folder(tmp, vocab=VOCAB, layers=1, hidden=32, ffn=64, context=CONTEXT)
+    others = len(children())  # that tests before have left, such as the tracker of multiprocessing
     with Engine(path, ranks=2, slots=SLOTS, context=CONTEXT, store=store, **settings) as made:
-        assert len(children()) == 1
+        assert len(children()) == others + 1
         yield made
 
 
