@@ -4,6 +4,7 @@ Owns the connections of one epoch. A mesh that has lost a rank is closed as a wh
 once; the next epoch's is made anew. Must never know what a layer is, nor connect again by itself.
 """
 
+import os
 import socket
 import ssl
 import struct
@@ -21,7 +22,7 @@ from fedge.edge.llm.mesh.frames import END, FLOAT32, PROBE, STEP, Link, take_tur
 from fedge.edge.llm.mesh.handshake import Party, meet
 from fedge.edge.llm.mesh.links import LinkSpeed, measure
 from fedge.edge.llm.mesh.security import Tls
-from fedge.edge.llm.mesh.wires import Plain, Secure, Wire, prepare
+from fedge.edge.llm.mesh.wires import POLLS, Plain, Secure, Wire, prepare
 from fedge.edge.llm.ranks import step as steps
 from fedge.edge.llm.ranks.step import Step
 
@@ -201,10 +202,11 @@ def connect(
 
 def _links(sockets: dict[int, socket.socket], epoch: int, limits: LlmLimits) -> dict[int, Link]:
     links, silence_s = {}, limits.step_timeout_s
+    polls = POLLS if len(sockets) < (os.cpu_count() or 1) else 0
     for peer, sock in sorted(sockets.items()):
         try:
             prepare(sock, silence_s)
-            wire: Wire = Secure(sock, silence_s) if isinstance(sock, ssl.SSLSocket) else Plain(sock, silence_s)
+            wire: Wire = Secure(sock, silence_s) if isinstance(sock, ssl.SSLSocket) else Plain(sock, silence_s, polls)
         except OSError as error:
             for one in sockets.values():
                 one.close()
