@@ -271,8 +271,10 @@ def overwritten(path):
         file.write(b"other")
 
 
-@pytest.mark.parametrize("harm", [truncated, overwritten])
-@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize(
+    ("harm", "direct"),  # pages that are lent and then cut off cannot be told: the system kills who reads them
+    [(truncated, True), (truncated, False), (overwritten, True), (overwritten, False), (overwritten, None)],
+)
 def test_a_file_that_changes_while_in_use_is_told(tmp_path, harm, direct):
     shard = file_of(tmp_path / "file", [1] * 8)
     window = Window(shard, STREAMING["int8"], 2 * PAGE, direct)
@@ -340,6 +342,19 @@ def test_without_room_reads_go_past_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(blockfile, "room_bytes", lambda: 140 * PAGE)
     assert not blockfile.open_blocks(shard.path, shard.blocks[0], 20 * PAGE, False).keep
     assert blockfile.open_blocks(shard.path, shard.blocks[0], 2 * PAGE, False).keep
+
+
+def test_with_room_for_the_file_the_caches_pages_are_lent(tmp_path, monkeypatch):
+    shard = file_of(tmp_path / "file", [64] * 2)
+    monkeypatch.setattr(blockfile, "room_bytes", lambda: 140 * PAGE)
+    lent, buffer = blockfile.open_blocks(shard.path, shard.blocks[0], 0, None), blockfile.pages(PAGE)
+    lent.read(shard.blocks[1], buffer)
+    assert np.array_equal(lent.place(shard.blocks[1], buffer), np.fromfile(shard.path, np.uint8)[-64 * PAGE :])
+    assert not buffer.any()
+    monkeypatch.setattr(blockfile, "_POPULATE_READ", 9999)  # an older system
+    refused = blockfile.open_blocks(shard.path, shard.blocks[0], 0, None)
+    assert isinstance(refused, blockfile.BlockFile)
+    assert refused.keep
 
 
 def test_a_file_system_without_direct_reads_is_read_through_the_cache(tmp_path, monkeypatch):

@@ -121,6 +121,7 @@ class Window:
         start = time.perf_counter()
         block, number = self._next()
         while block.index != index:  # left out by the taker
+            self._file.drop(block)
             self._free.put(number)
             block, number = self._next()
         self._waited_s += time.perf_counter() - start
@@ -131,6 +132,7 @@ class Window:
         """The block's memory may be read into."""
         number = self._held.pop(index, None)
         if number is not None:
+            self._file.drop(self._shard.blocks[index])
             self._free.put(number)
 
     def close(self) -> None:
@@ -150,13 +152,13 @@ class Window:
     def _keep(self, block: BlockSpec) -> _Views:
         memory = pages(block.bytes)
         self._file.read(block, memory)
-        return prepared(self._shard.view(block, memory), self._kernel)
+        return prepared(self._shard.view(block, self._file.place(block, memory)), self._kernel)
 
     def _of(self, block: BlockSpec, number: int) -> _Views:
         """Views of a block in a buffer; they stay right when the buffer is filled again, so they are made once."""
         found = self._views.get((block.index, number))
         if found is None:
-            found = prepared(self._shard.view(block, self._buffers[number]), self._kernel)
+            found = prepared(self._shard.view(block, self._file.place(block, self._buffers[number])), self._kernel)
             self._views[block.index, number] = found
         return found
 
