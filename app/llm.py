@@ -44,7 +44,9 @@ class Engine:
     `ranks` processes on this machine, or `devices` others that come by `fedge llm join` to `listen`, which needs a
     `ticket` and its `key` off loopback; the planner takes as many as are best, `use_all` every one. `kind` is how
     weights are held: float32, int8 or int4. `memory_bytes` are for each rank here (None: what is free, shared); what of
-    the weights does not fit is read from the disk at every token.
+    the weights does not fit is read from the disk at every token. `exchange` is how ranks add up, where it shall not be
+    chosen by measuring: full, doubling, star, or int8, which rounds what passes for several tokens at once. `invariant`
+    admits only ways to compute in which a sequence's bits do not depend on who shares its passes.
     `slots` requests run at a time, of `context` tokens each (None: the model's, at most 4096). A rank that dies is
     replaced by the others, and answers under way go on. Raises ModelError, ExperimentError, AddressError.
     """
@@ -64,6 +66,8 @@ class Engine:
         ticket: Ticket | None = None,
         key: str = "",
         kernel: str | None = None,
+        exchange: str | None = None,
+        invariant: bool = False,
         use_all: bool = False,
         limits: LlmLimits = LlmLimits(),
     ) -> None:
@@ -81,6 +85,8 @@ class Engine:
                 "slots": slots,
                 "context": self.context,
                 "kernel": kernel,
+                "collective": exchange,
+                "invariant": invariant,
                 "divide": everyone if use_all else planned,
                 "limits": limits,
             }

@@ -151,6 +151,12 @@ def serve(
     name: Annotated[str, typer.Option(help="What the API calls the model; else its folder's name.")] = "",
     store: Store = None,
     kernel: Kernel = None,
+    exchange: Annotated[
+        str | None, typer.Option(help="How ranks add up: full, doubling, star, or int8, which rounds; else measured.")
+    ] = None,
+    invariant: Annotated[
+        bool, typer.Option("--invariant", help="Bits of an answer do not depend on who shares its passes; slower.")
+    ] = False,
 ) -> None:
     """Serve a model by OpenAI's HTTP API. The key that it asks for is in the environment, FEDGE_API_KEY."""
     from fedge import llm_inputs, llm_runs
@@ -173,6 +179,8 @@ def serve(
         ticket=secure,
         key=key,
         kernel=kernel,
+        exchange=exchange,
+        invariant=invariant,
         use_all=use_all,
     )
     with engine:

@@ -3,8 +3,9 @@
 One model of TinyLlama's sizes with random weights, the same prompt of 64 tokens, 32 greedy tokens. Every run is made of
 fresh processes: fedge's are one per rank, of one thread each, over loopback. Uncapped cases are run in rounds, one case
 after the other, and rows are medians; memory is that of the largest process: private, mapped files, and the peak of its
-control group, which counts cached files too. Under caps each process has a control group with a limit. `--only` takes
-some of float32, int8, int4, rivals, caps, link and profile, with commas between.
+control group, which counts cached files too. Under caps each process has a control group with a limit. Real small
+models are compared with transformers, token by token. `--only` takes some of float32, int8, int4, rivals, caps, link,
+real and profile, with commas between.
 """
 
 import subprocess
@@ -14,14 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import llm_cases, llm_link
+from benchmarks import llm_cases, llm_link, llm_real
 from benchmarks.harness import Goal, arguments, emit, goal, installed
 from benchmarks.llm_cases import ACCELERATE, FEDGE, LLAMA_CPP, PROFILE, TOKENS, TRANSFORMERS, Case, Found
 from benchmarks.llm_models import CACHE, LARGE, MIDDLE, TINY, Shape
 from benchmarks.llm_processes import limits_work
 
 Row = dict[str, Any]
-PARTS = ("float32", "int8", "int4", "rivals", "caps", "link", PROFILE)
+PARTS = ("float32", "int8", "int4", "rivals", "caps", "link", llm_real.PART, PROFILE)
 WINDOW_MIB = 512
 ROUNDS, QUICK_ROUNDS = 3, 1
 PACKAGES = ("llama-cpp-python", "gguf", "transformers", "accelerate", "safetensors")
@@ -123,14 +124,14 @@ def judged(rows: Sequence[Row]) -> list[Goal]:
     """All goals, those of parts that were not run included."""
     times: dict[_Key, float] = {}
     for row in rows:
-        if row["part"] not in (llm_link.PART, PROFILE) and "ms_per_token" in row:
+        if row["part"] not in (llm_link.PART, llm_real.PART, PROFILE) and "ms_per_token" in row:
             key = row["part"], row["runtime"], row["weights"], row["ranks"], row["window_mib"] is not None
             times[key] = row["ms_per_token"]
     found = []
     for name, above, below, wanted in GOALS:
         value = times[above] / times[below] if above in times and below in times else None
         found.append(goal(name, value, wanted))
-    return found + llm_link.goals(rows)
+    return found + llm_link.goals(rows) + llm_real.goals(rows)
 
 
 def parts(quick: bool, cache: Path) -> dict[str, Callable[[], list[Row]]]:
@@ -154,7 +155,10 @@ def parts(quick: bool, cache: Path) -> dict[str, Callable[[], list[Row]]]:
     def profiled() -> list[Row]:
         return compared(PROFILED, shape, cache, 1)
 
-    found = {"free": lambda: free(PARTS), "caps": capped, "link": link, PROFILE: profiled}
+    def real() -> list[Row]:
+        return [] if quick else llm_real.measure(cache)
+
+    found = {"free": lambda: free(PARTS), "caps": capped, "link": link, llm_real.PART: real, PROFILE: profiled}
     return found | {name: partial(free, [name]) for name in PARTS[:4]}
 
 
@@ -163,7 +167,7 @@ def main() -> None:
     options = arguments(
         str(__doc__).partition("\n")[0], figure="a PNG to write", only="parts, with commas between", cache="a folder"
     )
-    wanted = options.only.split(",") if options.only else ["free", "caps", "link", PROFILE]
+    wanted = options.only.split(",") if options.only else ["free", "caps", "link", llm_real.PART, PROFILE]
     able = parts(options.quick, Path(options.cache) if options.cache else CACHE)
     if unknown := set(wanted) - set(able):
         raise SystemExit(f"There is no {sorted(unknown)[0]!r}; name some of {', '.join(PARTS)}.")

@@ -96,7 +96,7 @@ class Welcome(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("epoch", "rank", "peers", "digest", "bytes", "key", "slots", "context", "memory_bytes", "collective")
+    __slots__ = ("epoch", "rank", "peers", "digest", "bytes", "key", "slots", "context", "memory_bytes", "collective", "invariant")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class Load(_message.Message):
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     COLLECTIVE_FIELD_NUMBER: _ClassVar[int]
+    INVARIANT_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     rank: int
     peers: _containers.RepeatedCompositeFieldContainer[Peer]
@@ -117,7 +118,8 @@ class Load(_message.Message):
     context: int
     memory_bytes: int
     collective: str
-    def __init__(self, epoch: _Optional[int] = ..., rank: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ..., key: _Optional[bytes] = ..., slots: _Optional[int] = ..., context: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., collective: _Optional[str] = ...) -> None: ...
+    invariant: bool
+    def __init__(self, epoch: _Optional[int] = ..., rank: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ..., key: _Optional[bytes] = ..., slots: _Optional[int] = ..., context: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., collective: _Optional[str] = ..., invariant: _Optional[bool] = ...) -> None: ...
 
 class Start(_message.Message):
     __slots__ = ("epoch",)

@@ -121,7 +121,7 @@ def test_only_large_parts_are_rounded_to_8_bits() -> None:
     def work(mesh: Mesh) -> list[Array]:
         return [mesh.allreduce(partial(mesh.rank, 2, shape)) for shape in shapes]
 
-    for result in group(3, work, collective="full", int8_above_bytes=256):
+    for result in group(3, work, collective="int8", exact_bytes=256):
         assert isinstance(result, list), result
         for total, shape, expected in zip(result, shapes, (in_rank_order, rounded)):
             np.testing.assert_array_equal(total, expected([partial(rank, 2, shape) for rank in range(3)]))

@@ -18,16 +18,21 @@ _PART_OF_FREE = 0.8
 _UNLIMITED = 1 << 50
 
 
-def open_blocks(shard: Shard, memory_bytes: int, limits: LlmLimits, kernel: str | None = None) -> Resident | Window:
+def open_blocks(
+    shard: Shard, memory_bytes: int, limits: LlmLimits, kernel: str | None = None, *, invariant: bool = False
+) -> Resident | Window:
     """The shard's weights within `memory_bytes`; 0 means all of them in memory.
 
-    `kernel` names one of kernels.KERNELS; None measures. Raises ModelError where the memory is too small, and
-    ExperimentError for a kernel that is not there.
+    `kernel` names one of kernels.KERNELS; None measures, and `invariant` ones only, where told. Raises ModelError where
+    the memory is too small, and ExperimentError for a kernel that is not there.
     """
     streamed = 0 < memory_bytes < sum(block.bytes for block in shard.blocks)
     config = shard.config
     shape = (config.ffn, config.hidden)  # the same for every division, so that a new one need not measure
-    chosen = kernels.named(kernel, shard.kind) if kernel else _fastest(shard.kind, streamed, shape, limits.kernel_s)
+    if kernel:
+        chosen = kernels.named(kernel, shard.kind)
+    else:
+        chosen = _fastest(shard.kind, streamed, invariant, shape, limits.kernel_s)
     heap.trim()  # what the measurement took, and the cutting of shards
     return Window(shard, chosen, memory_bytes, limits=limits) if streamed else Resident(shard, chosen)
 
@@ -38,5 +43,5 @@ def spare_bytes() -> int:
 
 
 @cache
-def _fastest(kind: Kind, streamed: bool, shape: tuple[int, int], seconds: float) -> Kernel:
-    return kernels.choose(kind, streamed=streamed, shape=shape, seconds=seconds)
+def _fastest(kind: Kind, streamed: bool, invariant: bool, shape: tuple[int, int], seconds: float) -> Kernel:
+    return kernels.choose(kind, streamed=streamed, invariant=invariant, shape=shape, seconds=seconds)

@@ -25,11 +25,13 @@ from fedge.edge.llm.group.roster import Roster
 from fedge.edge.llm.group.service import Ranks
 from fedge.edge.llm.group.speeds import Speeds, speeds
 from fedge.edge.llm.mesh import security
+from fedge.edge.llm.mesh.collectives import INT8_SUMS, named
 from fedge.edge.llm.mesh.control import is_local, serve
 from fedge.edge.llm.mesh.mesh import Alone, Mesh, connect
 from fedge.edge.llm.mesh.security import Ticket, Tls
 from fedge.edge.llm.models.folder import Folder
 from fedge.edge.llm.ranks.model import Model
+from fedge.edge.llm.shards.planner import FLOAT_BYTES
 from fedge.edge.llm.shards.quant import KINDS, Kind
 from fedge.edge.llm.shards.shard import open_shard
 from fedge.edge.llm.shards.shares import Share
@@ -39,7 +41,6 @@ from fedge.protos import llm_pb2 as pb
 log = logging.getLogger("fedge")
 GAIN = 0.9  # a group is formed anew where a token is predicted to take this part of the time, or less
 _KEY_BYTES = 32
-_FLOAT_BYTES = 4
 
 
 class Group:
@@ -49,7 +50,9 @@ class Group:
     `context` tokens, of which `kv_tokens` are kept together at most (None: all). `memory_bytes` is the head's own
     (None: most of what is free). A `ticket` with a certificate, and its `key` (PEM), mean TLS, which `listen` needs off
     loopback; `data_port` is where ranks dial the head (0: any). `kernel`, `collective` and `speed` replace
-    measurements, and `divide` the planner. Raises AddressError, ExperimentError for settings that cannot work.
+    measurements, and `divide` the planner; "int8" is for sums of several tokens. `invariant`: what a sequence computes
+    does not depend, to the bit, on the others of its pass. Raises AddressError, ExperimentError for settings that
+    cannot work.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Group:
         data_port: int = 0,
         kernel: str | None = None,
         collective: str | None = None,
+        invariant: bool = False,
         speed: Speeds | None = None,
         divide: Divide = planned,
         limits: LlmLimits = LlmLimits(),
@@ -84,7 +88,8 @@ class Group:
             raise ExperimentError(f"The folder {store} cannot be used ({error}); name another for shards.") from error
         self._folder, self._kind, self._limits, self._divide = folder, kind, limits, divide
         self._slots, self._context, self._kv_tokens = slots, context, kv_tokens or slots * context
-        self._wanted, self._kernel, self._collective = wanted, kernel, collective
+        self._wanted, self._kernel, self._invariant = wanted, kernel, invariant
+        self._collective = _named(collective, invariant)
         known = speed or speeds(store)
         memory = spare_bytes() if memory_bytes is None else memory_bytes
         self._offer = Offer(HEAD, known.weights_per_s, memory, known.disk_bytes_per_s, known.layer_s)
@@ -244,7 +249,7 @@ class Group:
         shard = open_shard(cuts[0].path, self._limits)
         budget = self._budget(self._offer, division.shares[0])
         with contextlib.ExitStack() as opened:
-            blocks = open_blocks(shard, budget, self._limits, self._kernel)
+            blocks = open_blocks(shard, budget, self._limits, self._kernel, invariant=self._invariant)
             opened.callback(blocks.close)
             mesh = self._meet(party, key, due_at)
             opened.callback(mesh.close)
@@ -272,6 +277,7 @@ class Group:
                 context=self._context,
                 memory_bytes=self._budget(offers[member.name], division.shares[rank]),
                 collective=self._collective or "",
+                invariant=self._invariant,
             )
             self._roster.order(member.name, Event.LOAD, self._epoch, pb.Order(load=load))
 
@@ -299,6 +305,7 @@ class Group:
             limits=self._limits,
             tls=tls,
             collective=self._collective,
+            exact_bytes=FLOAT_BYTES * self._folder.config.hidden,
         )
         if mesh.speed is not None:
             self._link = Link(mesh.speed.bandwidth_bps, mesh.speed.round_trip_s)
@@ -343,8 +350,15 @@ class Group:
     def _budget(self, offer: Offer, share: Share) -> int:
         """Bytes for weights beside keys and values."""
         config, heads = self._folder.config, share.kv_heads[1] - share.kv_heads[0]
-        kept = 2 * _FLOAT_BYTES * config.layers * heads * config.head_dim * self._kv_tokens
+        kept = 2 * FLOAT_BYTES * config.layers * heads * config.head_dim * self._kv_tokens
         return max(1, offer.memory_bytes - kept)
+
+
+def _named(collective: str | None, invariant: bool) -> str | None:
+    """Of four ranks and more, collectives add in different orders, so with `invariant` all sums are taken by one."""
+    if invariant and collective == INT8_SUMS:
+        raise ExperimentError("Sums in 8 bits depend on the tokens that share them; leave out int8, or invariant.")
+    return named(collective or "full") if collective or invariant else None
 
 
 def _settled(members: Members, names: Sequence[str], epoch: int) -> bool:

@@ -23,6 +23,7 @@ from fedge.edge.llm.mesh.mesh import Mesh, connect
 from fedge.edge.llm.mesh.security import Tls
 from fedge.edge.llm.ranks.rank import Rank
 from fedge.edge.llm.ranks.worker import serve_steps
+from fedge.edge.llm.shards.planner import FLOAT_BYTES
 from fedge.edge.llm.shards.shard import Shard, open_shard
 from fedge.protos import llm_pb2 as pb
 
@@ -108,13 +109,13 @@ class Work:
         limits, load = self._own.limits, self._load
         shard = self._shard()
         with contextlib.ExitStack() as opened:
-            blocks = open_blocks(shard, load.memory_bytes, limits, self._own.kernel)
+            blocks = open_blocks(shard, load.memory_bytes, limits, self._own.kernel, invariant=load.invariant)
             opened.callback(blocks.close)
             self._tell(pb.Report(ready=pb.Ready(epoch=self.epoch)))
             while not self._started.wait(_POLL_S):
                 if self._stopping.is_set():
                     raise RankLost("The epoch ended before it began.")
-            mesh = opened.enter_context(self._connect())
+            mesh = opened.enter_context(self._connect(shard.config.hidden))
             rank = Rank(shard, blocks, mesh, slots=load.slots, context=load.context, limits=limits)
             opened.callback(rank.close)
             serve_steps(rank, mesh)
@@ -144,7 +145,7 @@ class Work:
             raise ModelError(f"The shard is of rank {shard.rank} of {shard.ranks}; start the head again.")
         return shard
 
-    def _connect(self) -> Mesh:
+    def _connect(self, hidden: int) -> Mesh:
         load, own = self._load, self._own
         tls = None
         if own.identity is not None:
@@ -160,6 +161,7 @@ class Work:
             limits=own.limits,
             tls=tls,
             collective=load.collective or None,
+            exact_bytes=FLOAT_BYTES * hidden,
         )
         with self._lock:
             self._mesh = mesh

@@ -115,7 +115,15 @@ def int8(group: Group, x: Array) -> Array:
     return x
 
 
-COLLECTIVES: Mapping[str, Collective] = {"full": full, "star": star, "doubling": doubling, "int8": int8}
+INT8_SUMS = "int8"
+COLLECTIVES: Mapping[str, Collective] = {"full": full, "star": star, "doubling": doubling, INT8_SUMS: int8}
+
+
+def named(name: str) -> str:
+    """The name of a collective. Raises ExperimentError where there is none of this name."""
+    if name not in COLLECTIVES:
+        raise ExperimentError(f"There is no collective {name!r}; choose one of {', '.join(COLLECTIVES)}.")
+    return name
 
 
 def seconds(size: int, round_trip_s: float, bandwidth_bps: float, bytes_: int) -> dict[str, float]:

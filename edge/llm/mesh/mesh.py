@@ -14,10 +14,10 @@ from typing import Self
 
 import numpy as np
 
-from fedge.core.errors import ExperimentError, RankLost
+from fedge.core.errors import RankLost
 from fedge.core.limits import LlmLimits
 from fedge.core.params import Array
-from fedge.edge.llm.mesh.collectives import COLLECTIVES, Collective, Group, choose
+from fedge.edge.llm.mesh.collectives import COLLECTIVES, INT8_SUMS, Collective, Group, choose, named
 from fedge.edge.llm.mesh.frames import END, FLOAT32, PROBE, STEP, Link, take_turns
 from fedge.edge.llm.mesh.handshake import Party, meet
 from fedge.edge.llm.mesh.links import LinkSpeed, measure
@@ -62,19 +62,19 @@ class Mesh:
         self.speed: LinkSpeed | None = None
         self._group, self._limits = group, limits
         self._collective: str | None = None
-        self._int8_above_bytes: int | None = None
+        self._exact_bytes = 0
         self._chosen: dict[int, Collective] = {}
 
-    def begin(self, due_at: float, collective: str | None, int8_above_bytes: int | None) -> None:
-        """Wait until all have met all, and fix the collective by name, or measure all links for `choose` to decide."""
+    def begin(self, due_at: float, collective: str | None, exact_bytes: int) -> None:
+        """Wait until all have met all, and measure all links where `choose` decides; see `connect`."""
         try:
             _all_here(self._group.others, due_at)
-            if collective is None and self.size > 1:
+            if collective in (None, INT8_SUMS) and self.size > 1:
                 self.speed = measure(self._group)
         except RankLost:
             self.close()
             raise
-        self._collective, self._int8_above_bytes = collective, int8_above_bytes
+        self._collective, self._exact_bytes = collective, exact_bytes
 
     def allreduce(self, x: Array) -> Array:
         """The sum of all ranks' `x` [any shape] float32, the same bits on all; `x` is overwritten and returned.
@@ -142,9 +142,7 @@ class Mesh:
 
     def _choose(self, bytes_: int) -> Collective:
         name = self._collective
-        if self._int8_above_bytes is not None and bytes_ > self._int8_above_bytes:
-            name = "int8"
-        if name is None:
+        if name is None or (name == INT8_SUMS and bytes_ <= self._exact_bytes):
             speed = self.speed
             name = "full" if speed is None else choose(self.size, speed.round_trip_s, speed.bandwidth_bps, bytes_)
         self._chosen[bytes_] = COLLECTIVES[name]
@@ -181,22 +179,22 @@ def connect(
     limits: LlmLimits,
     tls: Tls | None = None,
     collective: str | None = None,
-    int8_above_bytes: int | None = None,
+    exact_bytes: int = 0,
 ) -> Mesh:
     """Meet all other ranks of this epoch: those below `rank` at `addresses` ("host:port"), those above on `listener`.
 
     `key` is the session's secret (>= 16 bytes). Without `tls` all must be on loopback. `collective` names one of
-    COLLECTIVES; None measures the links and chooses by size. Partial sums above `int8_above_bytes` are exchanged in
-    8 bits. Both must be the same on all ranks. `listener` stays open, with another timeout. Raises RankLost naming who
-    has not come within `connect_timeout_s` or is lost while links are measured, and ExperimentError for what can never
-    work.
+    COLLECTIVES; None measures the links and chooses by size, and so does "int8" for sums of at most `exact_bytes`,
+    which are not rounded. Both must be the same on all ranks. `listener` stays open, with another timeout. Raises
+    RankLost naming who has not come within `connect_timeout_s` or is lost while links are measured, and
+    ExperimentError for what can never work.
     """
-    if collective is not None and collective not in COLLECTIVES:
-        raise ExperimentError(f"There is no collective {collective!r}; choose one of {', '.join(COLLECTIVES)}.")
+    if collective is not None:
+        named(collective)
     due_at = time.monotonic() + limits.connect_timeout_s
     sockets = meet(Party(rank, size, addresses, key, epoch, tls, due_at), listener, limits)
     mesh = Mesh(Group(rank, size, _links(sockets, epoch, limits)), limits)
-    mesh.begin(due_at, collective, int8_above_bytes)
+    mesh.begin(due_at, collective, exact_bytes)
     return mesh
 
 
