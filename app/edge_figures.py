@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedge.core.errors import DataError, ExperimentError
+from fedge.core.errors import ExperimentError
 from fedge.edge.bundle import INPUT
 from fedge.edge.plan.link import Link
 from fedge.edge.plan.options import RAW, Option
 from fedge.edge.plan.planner import Bounds, plan, switches
-from fedge.report.style import INK, MUTED, RULE, SERIES, context, figure, plain, png, replace_file, si
+from fedge.report.style import INK, MUTED, RULE, SERIES, context, figure, plain, si, write_png
 
 LOW_BPS, HIGH_BPS = 1e5, 1e9
 STEPS = 161
@@ -50,7 +50,7 @@ def draw_plan(path: Path, options: Sequence[Option], link: Link | None, bounds: 
                 for option, colour in colours.items()
             ],
         )
-        _write(path, png(drawn))
+        write_png(path, drawn)
 
 
 def _colours(options: Sequence[Option], winners: Sequence[Option | None]) -> dict[Option, str]:
@@ -184,11 +184,4 @@ def draw_rates(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]]) -
             for index, (name, points) in enumerate(shown.items())
         ]
         _names(axes, rows)
-        _write(path, png(drawn))
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        replace_file(path, content)
-    except OSError as error:
-        raise DataError(f"The figure {str(path)!r} cannot be written ({error}); mend or name another place.") from None
+        write_png(path, drawn)

@@ -101,6 +101,7 @@ class Engine:
                 vocab=self.folder.config.vocab,
                 slots=slots,
                 context=self.context,
+                speculate=not invariant,  # how many tokens are guessed depends on who shares the pass
                 limits=limits,
                 recover=self.group.recover,
                 between=self.group.improve,

@@ -6,6 +6,7 @@ Owns arguments and what is printed. Must never hold logic.
 import os
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +54,9 @@ def plan(
     rtt: Annotated[float, typer.Option(help="Milliseconds of a round trip between devices.")] = 0.2,
     context: Context = None,
     slots: Slots = 1,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the time of a token over the round trip into a PNG.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Predict the time of a token for every number of devices, and say which share each would hold."""
@@ -63,11 +67,19 @@ def plan(
     config = configs.read(model)
     group = llm_inputs.devices(devices, ranks, llm_inputs.kind(kind), _bytes(memory))
     tokens = slots * min(context or config.context, config.context)
-    found = planner.plan(config, llm_inputs.kind(kind), group, llm_inputs.link(bandwidth, rtt), kv_tokens=tokens)
+    link = llm_inputs.link(bandwidth, rtt)
+    planned = partial(planner.plan, config, llm_inputs.kind(kind), group, kv_tokens=tokens)
+    found = planned(link)
+    if figure:
+        from fedge.llm_figures import draw_plan
+
+        draw_plan(figure, planned, link)
     if json:
-        say(llm_inputs.plan_as_json(found), json, "")
+        say(llm_inputs.plan_as_json(found) | {"figure": str(figure) if figure else None}, json, "")
         return
     _show_plan(found)
+    if figure:
+        typer.echo(str(figure))
 
 
 @llm.command()

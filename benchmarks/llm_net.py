@@ -30,6 +30,7 @@ class Net:
         self._ways: dict[socket.socket, tuple[int, socket.socket]] = {}  # from a socket: whose it is, and where to
         self._ended: list[socket.socket] = []  # of which nothing comes any more, though something may go to them
         self._due: list[tuple[float, int, socket.socket, bytes]] = []
+        self._last_due: dict[socket.socket, float] = {}  # a shorter delay must not let the end overtake what was said
         self._numbers = itertools.count()
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="net", daemon=True)
@@ -93,7 +94,9 @@ class Net:
             self._ended.append(one)
         gone_at = max(time.monotonic(), self._free_at[device]) + 8 * len(data) / self._bandwidth_bps
         self._free_at[device] = gone_at
-        heapq.heappush(self._due, (gone_at + self._delay_s, next(self._numbers), to, data))
+        due_at = max(gone_at + self._delay_s, self._last_due.get(to, 0.0))
+        self._last_due[to] = due_at
+        heapq.heappush(self._due, (due_at, next(self._numbers), to, data))
 
 
 def _deliver(to: socket.socket, data: bytes) -> None:

@@ -76,7 +76,7 @@ def running(ready: str, *words: str | Path) -> Iterator[tuple["subprocess.Popen[
 
 
 def test_the_plan_shares_by_speed_and_says_how_many_devices_are_best(
-    model: Path, devices: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, devices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     near = told(capsys, "plan", model, "--devices", devices, "--rtt", "0", "--bandwidth", "1000000")
     assert len(near["options"]) == 2
@@ -88,6 +88,8 @@ def test_the_plan_shares_by_speed_and_says_how_many_devices_are_best(
     assert code == 0
     assert "1 of 2 devices are best: use fewer." in out
     assert "ms/token" in out
+    drawn = told(capsys, "plan", model, "--devices", devices, "--figure", tmp_path / "plan.png")["figure"]
+    assert Path(drawn).read_bytes().startswith(b"\x89PNG")
 
 
 def test_export_writes_a_file_for_every_rank(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,9 +109,12 @@ def test_export_writes_a_file_for_every_rank(model: Path, tmp_path: Path, capsys
         (["plan", "MODEL", "--devices", "DEVICES", "--kind", "int4"], 2, "has no speed for int4"),
         (["plan", "MODEL", "--devices", "DEVICES", "--bandwidth", "0"], 2, "bandwidth above 0"),
         (["plan", "MODEL", "--devices", "DEVICES", "--memory", "0.001"], 4, "allow more"),
+        (["plan", "MODEL", "--devices", "DEVICES", "--figure", "no/such/folder.png"], 3, "cannot be written"),
         (["export", "MODEL", "OUT", "--speeds", "1,-1"], 2, "write positive numbers"),
         (["serve", "MODEL", "--listen", "0.0.0.0:0"], 6, "API key"),
         (["serve", "MODEL", "--ranks", "2", "--devices", "1"], 2, "cannot be mixed"),
+        (["serve", "MODEL", "--exchange", "gossip"], 2, "no collective 'gossip'"),
+        (["serve", "MODEL", "--exchange", "int8", "--invariant"], 2, "leave out int8"),
         (["join", "127.0.0.1:1", "--name", "a/b"], 2, "cannot be a device's name"),
         (["join", "10.0.0.1:7450"], 2, "give the ticket"),
         (["join", "127.0.0.1:1", "--ticket", "EMPTY"], 2, "is no ticket"),

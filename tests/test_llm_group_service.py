@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import grpc
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,11 +25,12 @@ from fedge.edge.llm.mesh import security
 from fedge.edge.llm.mesh.control import TOKEN
 from fedge.edge.llm.mesh.security import Ticket
 from fedge.edge.llm.models.config import Config, Rope
+from fedge.edge.llm.ranks.step import Part, Step
 from fedge.edge.llm.shards.shares import even
 from fedge.edge.plan.link import Link
 from fedge.protos import llm_pb2 as pb
 from tests.llm_fixture import folder
-from tests.llm_group_head import LIMITS, MEMORY, PROMPT, Worker, alone, greedy, head, until
+from tests.llm_group_head import KERNEL, LIMITS, MEMORY, PROMPT, Worker, alone, greedy, head, until
 
 
 @pytest.fixture
@@ -78,6 +80,40 @@ def test_two_workers_answer_like_one_rank(model, tmp_path):
         assert any("dismissed: The head has ended" in one for one in a.states)
 
 
+@contextmanager
+def formed(model, store, workers, **settings):
+    """The head's model, with so many workers, which choose their kernels themselves."""
+    with contextlib.ExitStack() as opened:
+        group = opened.enter_context(head(model, store / "head", wanted=workers, **settings))
+        for number in range(workers):
+            own = {"name": f"w{number}", "kernel": settings.get("kernel", KERNEL)}
+            opened.enter_context(Worker(group.address, store / own["name"], **own))
+        yield group.form(30)
+
+
+def test_sums_of_several_tokens_are_in_8_bits_where_that_is_asked_for_and_those_of_one_are_exact(model, tmp_path):
+    steps = Step((Part(0, 0, 1),)), Step((Part(1, 0, len(PROMPT)),))
+    found = []
+    for name in ("full", "int8"):
+        with formed(model, tmp_path / name, 1, collective=name) as made:
+            found.append([made.run(step, np.array(PROMPT[: step.tokens])) for step in steps])
+    (one, several), (one_again, rounded) = found
+    np.testing.assert_array_equal(one, one_again)
+    assert 1e-5 < np.abs(rounded - several).max() / np.abs(several).max() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_an_invariant_group_computes_the_same_bits_alone_and_in_company(model, tmp_path, kind):
+    """Four ranks, of which more tokens would otherwise be added up in another order, too."""
+    with formed(model, tmp_path, 3, kind=kind, kernel=None, invariant=True) as made:
+        alone = made.run(Step((Part(0, 0, len(PROMPT)),)), np.array(PROMPT))
+        both = made.run(Step((Part(0, 0, len(PROMPT)), Part(1, 0, 40)), free=(0,)), np.array([*PROMPT, *range(40)]))
+        np.testing.assert_array_equal(alone[0], both[0])
+        next_alone = made.run(Step((Part(0, len(PROMPT), 1),)), np.array([7]))
+        with_other = made.run(Step((Part(0, len(PROMPT), 1), Part(1, 40, 9))), np.array([7, *range(9)]))
+        np.testing.assert_array_equal(next_alone[0], with_other[0])
+
+
 def test_a_group_over_tls_lets_in_who_has_the_ticket(model, tmp_path):
     answer = alone(model, tmp_path / "alone")
     path = security.make_ticket(tmp_path / "ticket")
@@ -117,6 +153,16 @@ def test_what_can_never_work_is_refused_at_once(model, tmp_path, group):
     with pytest.raises(AddressError, match="Cannot listen"), head(model, tmp_path / "c", listen=group.address):
         pass
     with pytest.raises(ExperimentError, match="cannot be"), head(model, tmp_path / "d", slots=1000):
+        pass
+    with (
+        pytest.raises(ExperimentError, match="no collective 'gossip'"),
+        head(model, tmp_path / "d", collective="gossip"),
+    ):
+        pass
+    with (
+        pytest.raises(ExperimentError, match="leave out"),
+        head(model, tmp_path / "d", collective="int8", invariant=True),
+    ):
         pass
     with pytest.raises(ExperimentError, match="another machine"):
         device.run("10.255.255.1:7000", name="a", memory_bytes=1, store=tmp_path / "e", limits=LIMITS)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fedge.core.errors import ExperimentError
+from fedge.core.errors import DataError, ExperimentError
 
 # Stand-ins: in a page they become its own colours, so that plots follow light and dark.
 INK, MUTED, RULE, PAPER = "#1f2328", "#656d77", "#d8dee5", "#fefefe"
@@ -100,6 +100,14 @@ def svg(drawn: Any) -> str:
 def png(drawn: Any) -> bytes:
     """The figure as a PNG on white."""
     return _save(drawn, "png", dpi=160 if drawn.get_figwidth() <= 12 else 80, facecolor="white")
+
+
+def write_png(path: Path, drawn: Any) -> None:
+    """The figure as a file that somebody has named. Raises DataError where it cannot be written."""
+    try:
+        replace_file(path, png(drawn))
+    except OSError as error:
+        raise DataError(f"The figure {str(path)!r} cannot be written ({error}); mend or name another place.") from None
 
 
 def _save(drawn: Any, kind: str, **options: Any) -> bytes:
