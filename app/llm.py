@@ -27,7 +27,7 @@ from fedge.edge.runtime.memory import resident
 
 __all__ = ["Engine", "Request", "Sampling", "default_store"]
 
-FORM_S = 600.0  # for devices to come, fetch their shards and connect
+COME_S = 600.0  # for devices to come; what they load then has limits of its own
 MOST_CONTEXT = 4096  # unless told else: keys and values are memory
 
 
@@ -42,11 +42,12 @@ class Engine:
     """Answers prompts with the model in `folder` (Hugging Face's format), by ranks that share every layer.
 
     `ranks` processes on this machine, or `devices` others that come by `fedge llm join` to `listen`, which needs a
-    `ticket` and its `key` off loopback; the planner takes as many as are best, `use_all` every one. `kind` is how
-    weights are held: float32, int8 or int4. `memory_bytes` are for each rank here (None: what is free, shared); what of
-    the weights does not fit is read from the disk at every token. `exchange` is how ranks add up, where it shall not be
-    chosen by measuring: full, doubling, star, or int8, which rounds what passes for several tokens at once. `invariant`
-    admits only ways to compute in which a sequence's bits do not depend on who shares its passes.
+    `ticket` and its `key` off loopback; they dial this one at `data_port` (0: any). The planner takes as many as are
+    best, `use_all` every one. `kind` is how weights are held: float32, int8 or int4. `memory_bytes` are for each rank
+    here (None: what is free, shared); what of the weights does not fit is read from the disk at every token. `exchange`
+    is how ranks add up, where it shall not be chosen by measuring: full, doubling, star, or int8, which rounds what
+    passes for several tokens at once. `invariant` admits only ways to compute in which a sequence's bits do not depend
+    on who shares its passes.
     `slots` requests run at a time, of `context` tokens each (None: the model's, at most 4096). A rank that dies is
     replaced by the others, and answers under way go on. Raises ModelError, ExperimentError, AddressError.
     """
@@ -65,6 +66,7 @@ class Engine:
         listen: str = "127.0.0.1:0",
         ticket: Ticket | None = None,
         key: str = "",
+        data_port: int = 0,
         kernel: str | None = None,
         exchange: str | None = None,
         invariant: bool = False,
@@ -91,12 +93,20 @@ class Engine:
                 "limits": limits,
             }
             self.group: Group = self._opened.enter_context(
-                Group(self.folder, listen=listen, ticket=ticket, key=key, wanted=devices, **settings)
+                Group(
+                    self.folder,
+                    listen=listen,
+                    ticket=ticket,
+                    key=key,
+                    data_port=data_port,
+                    wanted=devices,
+                    **settings,
+                )
                 if devices
                 else local(self.folder, ranks, **settings)
             )
             self.engine = engines.Engine(
-                self.group.form(FORM_S),
+                self.group.form(COME_S),
                 self.tokenizer,
                 vocab=self.folder.config.vocab,
                 slots=slots,
@@ -117,11 +127,12 @@ class Engine:
         *,
         max_tokens: int | None = None,
         sampling: Sampling = Sampling(temperature=0.0),
-        stop: Iterable[str] = (),
+        stop: str | Iterable[str] = (),
     ) -> Handle:
-        """What follows `prompt`, piece by piece; greedy unless told else. Raises DataError, Overloaded."""
+        """What follows `prompt`, up to `stop`, piece by piece; greedy unless told. Raises DataError, Overloaded."""
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return self.engine.submit(Request(tuple(tokens), max_tokens, sampling, tuple(stop)))
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        return self.engine.submit(Request(tuple(tokens), max_tokens, sampling, stops))
 
     def chat(self, messages: Messages, *, max_tokens: int | None = None, sampling: Sampling = Sampling()) -> Handle:
         """The answer to a conversation, piece by piece. Raises DataError, ModelError (no template), Overloaded."""

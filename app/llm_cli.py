@@ -25,12 +25,20 @@ ModelFolder = Annotated[
 KindName = Annotated[str, typer.Option("--kind", help="How weights are held: float32, int8 or int4.")]
 Memory = Annotated[float | None, typer.Option(help="Megabytes for weights, keys and values of a rank; else most free.")]
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens of a request, prompt and answer; else the model's.")]
+Bounded = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens of a request, prompt and answer; else the model's, but 4096 where it has more."),
+]
 Slots = Annotated[int, typer.Option(min=1, help="Requests that run at a time.")]
 Store = Annotated[Path | None, typer.Option(help="The folder for shards; else in the user's cache.")]
 Ranks = Annotated[int, typer.Option(min=1, help="Processes on this machine.")]
 TicketFile = Annotated[Path | None, typer.Option("--ticket", help="The ticket of the head; needed off loopback.")]
 Kernel = Annotated[str | None, typer.Option(help="How matrices are multiplied; else the fastest here.")]
+DataPort = Annotated[
+    int, typer.Option(min=0, max=65535, help="Where other ranks dial this one, for firewalls; 0: any port.")
+]
 MEGABYTE = 1 << 20
+SLOTS = 4
 API_KEY = "FEDGE_API_KEY"
 GREETING_S = 3.0  # so long a device waits for its cloud before it begins by itself
 
@@ -46,14 +54,14 @@ def plan(
     model: ModelFolder,
     kind: KindName = "int8",
     devices: Annotated[
-        Path | None, typer.Option(help="A JSON list of devices, as bench prints them; else this machine.")
+        Path | None, typer.Option(help="What bench --json prints, or a JSON list of such; else this machine.")
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="So many devices like this machine.")] = 1,
     memory: Memory = None,
     bandwidth: Annotated[float, typer.Option(help="Mbit/s between devices.")] = 1000.0,
     rtt: Annotated[float, typer.Option(help="Milliseconds of a round trip between devices.")] = 0.2,
-    context: Context = None,
-    slots: Slots = 1,
+    context: Bounded = None,
+    slots: Slots = SLOTS,
     figure: Annotated[
         Path | None, typer.Option(help="Draw the time of a token over the round trip into a PNG.")
     ] = None,
@@ -63,10 +71,11 @@ def plan(
     from fedge import llm_inputs
     from fedge.edge.llm.models import config as configs
     from fedge.edge.llm.shards import planner
+    from fedge.llm import MOST_CONTEXT
 
     config = configs.read(model)
-    group = llm_inputs.devices(devices, ranks, llm_inputs.kind(kind), _bytes(memory))
-    tokens = slots * min(context or config.context, config.context)
+    group = llm_inputs.devices(devices, ranks, llm_inputs.kind(kind), llm_inputs.memory(memory))
+    tokens = slots * min(context or MOST_CONTEXT, config.context)  # as `serve` keeps them
     link = llm_inputs.link(bandwidth, rtt)
     planned = partial(planner.plan, config, llm_inputs.kind(kind), group, kv_tokens=tokens)
     found = planned(link)
@@ -122,16 +131,17 @@ def bench(
     store: Store = None,
     json: Json = False,
 ) -> None:
-    """Measure this machine, as a line for the list of devices of `plan`; with a model, its tokens per second here."""
+    """Measure this machine, as one entry of the devices of `plan`; with a model, its tokens per second here."""
     from fedge import llm_inputs, llm_runs
 
-    found: dict[str, Any] = {"device": llm_inputs.this_device(store)}
+    room = llm_inputs.memory(memory)
+    device = llm_inputs.this_device(store)
+    found: dict[str, Any] = dict(device)
     if model is not None:
-        found["run"] = llm_runs.bench(model, llm_inputs.kind(kind), ranks, _bytes(memory), prompt, tokens, store)
+        found["run"] = llm_runs.bench(model, llm_inputs.kind(kind), ranks, room, prompt, tokens, store)
     if json:
         say(found, json, "")
         return
-    device = found["device"]
     rows = [(kind, f"{rate / 1e9:.2f}") for kind, rate in device["weights_per_s"].items()]
     table(
         ("kind", "billion weights/s"),
@@ -153,12 +163,13 @@ def serve(
     ranks: Ranks = 1,
     devices: Annotated[int, typer.Option(min=0, help="Wait for so many others, which come by `fedge llm join`.")] = 0,
     control: Annotated[str, typer.Option(help="host:port where they join.")] = "127.0.0.1:7450",
+    data_port: DataPort = 0,
     ticket: Annotated[
         Path | None, typer.Option(help="A folder for their ticket and its key; needed off loopback.")
     ] = None,
     memory: Memory = None,
-    context: Context = None,
-    slots: Slots = 4,
+    context: Bounded = None,
+    slots: Slots = SLOTS,
     use_all: Annotated[bool, typer.Option("--all", help="Use every rank, be it slower.")] = False,
     name: Annotated[str, typer.Option(help="What the API calls the model; else its folder's name.")] = "",
     store: Store = None,
@@ -177,12 +188,13 @@ def serve(
 
     api_key = os.environ.get(API_KEY) or None
     check_key(api_key)
+    room = llm_inputs.memory(memory)
     secure, key = llm_inputs.make_ticket(ticket)
     engine = Engine(
         model,
         ranks=ranks,
         kind=llm_inputs.kind(kind),
-        memory_bytes=_bytes(memory),
+        memory_bytes=room,
         slots=slots,
         context=context,
         store=store,
@@ -190,6 +202,7 @@ def serve(
         listen=control if devices else "127.0.0.1:0",
         ticket=secure,
         key=key,
+        data_port=data_port,
         kernel=kernel,
         exchange=exchange,
         invariant=invariant,
@@ -206,6 +219,7 @@ def join(
     ticket: TicketFile = None,
     name: Annotated[str, typer.Option(help="This device's name; else the machine's.")] = "",
     memory: Memory = None,
+    data_port: DataPort = 0,
     store: Store = None,
     kernel: Kernel = None,
 ) -> None:
@@ -216,12 +230,14 @@ def join(
     from fedge.llm import default_store
 
     called = llm_inputs.device_name(name or platform.node() or "device")
+    room = llm_inputs.memory(memory)
     device.run(
         head,
         name=called,
-        memory_bytes=_bytes(memory) or spare_bytes(),
+        memory_bytes=spare_bytes() if room is None else room,
         store=(store or default_store()) / called,
         ticket=llm_inputs.read_ticket(ticket),
+        data_port=data_port,
         kernel=kernel,
         on_state=note,
     )
@@ -382,10 +398,6 @@ def chat(
         return
     answer = chats.ask(client, ask, **chosen)
     say(answer, json, chats.plain(answer["answer"]))
-
-
-def _bytes(megabytes: float | None) -> int | None:
-    return None if megabytes is None else int(megabytes * MEGABYTE)
 
 
 def _range(ends: tuple[int, int]) -> str:

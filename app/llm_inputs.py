@@ -4,6 +4,7 @@ Must never guess: what does not fit is refused with a sentence.
 """
 
 import math
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -26,19 +27,22 @@ if TYPE_CHECKING:
     from fedge.edge.llm.collab.decoder import Settings
     from fedge.edge.llm.collab.wire import Coding
 
+MEGABYTE = 1 << 20
+MAX_MEMORY_BYTES = 1 << 50
 MAX_DEVICES_BYTES = 1 << 20
 MAX_TEXT_BYTES = 256 << 20
 MAX_DIGITS = 6  # of a layer's number
 
 
 class _Listed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One device of a list, as `fedge llm bench` prints it."""
+    """One device of a list, as `fedge llm bench --json` prints it; what it says of a model is not looked at."""
 
     name: str
     weights_per_s: dict[str, float]
     memory_bytes: int
     disk_bytes_per_s: float
     layer_s: float = 0.0
+    run: dict[str, float] = {}
 
 
 def refused(sentence: str) -> ExperimentError:
@@ -52,6 +56,15 @@ def kind(name: str) -> Kind:
         if one == name:
             return one
     raise ExperimentError(f"There is no kind {name!r}; choose one of {', '.join(KINDS)}.")
+
+
+def memory(megabytes: float | None) -> int | None:
+    """Bytes; None where nobody named a number. Raises ExperimentError for what no machine has, 0 among it."""
+    if megabytes is None:
+        return None
+    if not 1 <= megabytes * MEGABYTE <= MAX_MEMORY_BYTES:  # NaN is refused too
+        raise ExperimentError(f"{megabytes:g} MB is no memory that a machine can give; name a number above 0.")
+    return int(megabytes * MEGABYTE)
 
 
 def device_name(name: str) -> str:
@@ -83,7 +96,7 @@ def this_device(store: Path | None) -> dict[str, Any]:
     place.mkdir(parents=True, exist_ok=True)
     known = speeds(place)
     return {
-        "name": "this",
+        "name": platform.node() or "this",
         "weights_per_s": dict(known.weights_per_s),
         "memory_bytes": spare_bytes(),
         "disk_bytes_per_s": known.disk_bytes_per_s,
@@ -183,11 +196,13 @@ def _listed(path: Path) -> Sequence[_Listed]:
     try:
         if path.stat().st_size > MAX_DEVICES_BYTES:
             raise ExperimentError(f"{path} is too long for a list of devices; name another file.")
-        found = msgspec.json.decode(path.read_bytes(), type=list[_Listed])
-    except (OSError, msgspec.MsgspecError) as error:
+        found: _Listed | list[_Listed] = msgspec.json.decode(path.read_bytes(), type=_Listed | list[_Listed])
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ExperimentError(
-            f"{path} is no list of devices ({error}); write [DEVICE, ...] of what `fedge llm bench --json` prints."
+            f"{path} is no list of devices ({error!s:.200}); write what `fedge llm bench --json` prints, or a list."
         ) from None
+    if isinstance(found, _Listed):
+        return [found]
     if not found:
         raise ExperimentError(f"{path} lists no device; write at least the one that holds the prompt.")
     return found

@@ -13,20 +13,24 @@ from typing import Any, Protocol
 
 import msgspec
 
-from fedge.core.errors import ModelError
+from fedge.core.errors import ExperimentError, ModelError
 from fedge.edge.llm.api import http
 from fedge.edge.llm.api.http_server import Server
 from fedge.edge.llm.collab import device as collab_device
 from fedge.edge.llm.collab import halves
 from fedge.edge.llm.collab.decoder import Decoder, Settings, Summary, Token
 from fedge.edge.llm.collab.engine import Engine as CollabEngine
+from fedge.edge.llm.engine import engine as engines
 from fedge.edge.llm.engine.handle import Handle
-from fedge.edge.llm.engine.requests import Piece, Request
+from fedge.edge.llm.engine.requests import Piece, Request, Usage
 from fedge.edge.llm.engine.sampler import Sampling
+from fedge.edge.llm.group.division import everyone
+from fedge.edge.llm.group.local import local
+from fedge.edge.llm.models.folder import open_folder
 from fedge.edge.llm.models.tokenizer import Tokenizer
 from fedge.edge.llm.shards.quant import Kind
 from fedge.edge.runtime.memory import Resident, resident
-from fedge.llm import Engine
+from fedge.llm import COME_S, default_store
 
 # What a tokenizer needs of a model's folder; the device's half takes copies of those there are.
 TOKENIZER = (
@@ -62,18 +66,25 @@ def serve(engine: Served, listen: str, name: str, api_key: str | None, on_listen
 def bench(
     folder: Path, kind: Kind, ranks: int, memory_bytes: int | None, prompt: int, tokens: int, store: Path | None
 ) -> dict[str, float]:
-    """Times of one greedy request of `prompt` tokens, the second of its kind so that all is warm."""
+    """Times of one greedy request of `prompt` tokens, the second of its kind so that all is warm: `tokens` passes, as
+    nothing is guessed ahead and no token ends the answer. Raises ExperimentError where the model's context is shorter,
+    ModelError where it fails.
+    """
     context = prompt + tokens
-    with Engine(
-        folder, ranks=ranks, kind=kind, memory_bytes=memory_bytes, slots=1, context=context, store=store, use_all=True
-    ) as engine:
-        for turn in range(2):  # another prompt, or it would be found in the cache
-            asked = [(3 + turn + 7 * at) % engine.folder.config.vocab for at in range(prompt)]
-            handle = engine.generate(asked, max_tokens=tokens)
-            for _ in handle:
-                pass
-        usage, held = handle.usage, resident() or Resident(0, 0)
-        workers = engine.group.devices()
+    settings: dict[str, Any] = {"kind": kind, "store": store or default_store(), "memory_bytes": memory_bytes}
+    settings |= {"slots": 1, "context": context, "divide": everyone}
+    with open_folder(folder) as opened, local(opened, ranks, **settings) as group:
+        vocab, longest = opened.config.vocab, opened.config.context
+        if context > longest:
+            raise ExperimentError(f"{context} tokens do not fit the model's context of {longest}; ask for fewer.")
+        model = group.form(COME_S)
+        with contextlib.closing(
+            engines.Engine(model, vocab=vocab, slots=1, context=context, speculate=False)
+        ) as engine:
+            for turn in range(2):  # another prompt, or it would be found in the cache
+                asked = tuple((3 + turn + 7 * at) % vocab for at in range(prompt))
+                usage = _answered(engine.submit(Request(asked, tokens, Sampling(temperature=0.0), stop_tokens=())))
+        held, workers = resident() or Resident(0, 0), group.devices()
     return {
         "ranks": float(1 + len(workers)),
         "ttft_ms": 1e3 * usage.ttft_s,
@@ -83,6 +94,14 @@ def bench(
         "head_mapped_mb": held.mapped / 2**20,
         "largest_worker_private_mb": max((one.private_bytes for one in workers), default=0) / 2**20,
     }
+
+
+def _answered(handle: Handle) -> Usage:
+    """What a request has cost, once it has ended. Raises ModelError where it failed."""
+    *_, last = handle
+    if last.finish == "error":
+        raise ModelError(last.error)
+    return handle.usage
 
 
 def train_exits(
@@ -117,6 +136,7 @@ def train_exits(
     progress("cutting", 0.0)
     halves.cut(model, folder, found, *kinds)
     for name in TOKENIZER:
+        (folder / "edge" / name).unlink(missing_ok=True)  # it may be another model's
         with contextlib.suppress(FileNotFoundError):
             shutil.copyfile(model / name, folder / "edge" / name)
     progress("cutting", 1.0)

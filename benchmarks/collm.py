@@ -107,7 +107,7 @@ def measure(about: Subject, delays: Sequence[int]) -> list[Row]:
 
 
 def _row(case: Case, delay: int, relay: Relay, device: Device, order: Order) -> Row:
-    """What every case has."""
+    """What every case has. `asked_share` is questions per token, those without an answer too."""
     before: list[tuple[int, int]] = []
     taken = device.take(order, lambda: before.append(relay.forwarded_bytes))
     passed = [after - start for after, start in zip(relay.forwarded_bytes, before[0])]
@@ -120,7 +120,7 @@ def _row(case: Case, delay: int, relay: Relay, device: Device, order: Order) -> 
         "tokens": tokens,
         "ms_per_token": round(1e3 * taken.seconds / tokens, 2),
         "first_ms": round(1e3 * taken.first_s, 2),
-        "cloud_share": round(taken.labels.get("cloud", 0) / tokens, 4),
+        "asked_share": round(taken.asked / tokens, 4),
         "asked": taken.asked,
         "up_bytes": round(taken.sent_bytes / tokens, 1),
         "down_bytes": round(taken.received_bytes / tokens, 1),
@@ -162,7 +162,7 @@ def judged(rows: Sequence[Row], hidden: int) -> list[Goal]:
     found = [
         goal("calibrated exits: agreement along the whole model's texts", value(CALIBRATED, "forced_agreement"),
              f">= {AGREEMENT}"),
-        goal("calibrated exits: share of tokens that ask the cloud", value(CALIBRATED, "cloud_share"), f"<= {SHARE}"),
+        goal("calibrated exits: share of tokens that ask the cloud", value(CALIBRATED, "asked_share"), f"<= {SHARE}"),
         goal("calibrated exits: bytes up per position, messages", value(CALIBRATED, "up_bytes_per_position"),
              f"<= {most}"),
         goal("guesses, states in float32: share of answers that are the whole model's", value(EXACT, "same_text"),
@@ -189,7 +189,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for colour, key, label in (
             (SERIES[0], "forced_agreement", "agreement with the whole model"),
             (SERIES[1], "forced_cloud", "asked the cloud, its texts"),
-            (SERIES[2], "cloud_share", "asked the cloud, own texts"),
+            (SERIES[2], "asked_share", "asked the cloud, own texts"),
         ):
             left.plot(x, [100 * row[key] for row in chosen], "o-", color=colour, markersize=4, label=label)
         left.set_xticks(list(x), [f"{row['threshold']:.3g}" for row in chosen])

@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks import collm_cloud
 from fedge.core.errors import ModelError
+from fedge.core.limits import LlmLimits
 from fedge.core.random import derive
 from fedge.edge.llm.collab import exits as exit_files
 from fedge.edge.llm.collab import fit, teacher, thresholds, train
@@ -26,7 +27,8 @@ from fedge.edge.llm.collab.exits import Exits
 from fedge.edge.llm.collab.halves import CLOUD, Halves, cut
 from fedge.edge.llm.collab.segments import Segments
 from fedge.edge.llm.collab.thresholds import Seen
-from fedge.edge.llm.compute.kernels import choose, named
+from fedge.edge.llm.compute.choice import kernel_for
+from fedge.edge.llm.compute.kernels import named
 from fedge.edge.llm.compute.resident import Resident
 from fedge.edge.llm.engine.sampler import Sampling, sample
 from fedge.edge.llm.models.folder import open_folder
@@ -99,9 +101,10 @@ def subject(plan: Plan, folder: Path, cache: Path = CACHE) -> Iterator[Subject]:
         halves = cut(folder, Path(scratch) / "halves", exits, plan.kind, plan.kind)
         with open_folder(folder) as opened:
             (whole,) = export(opened, Path(scratch), even(opened.config, 1), plan.kind)
-            hidden, ffn = opened.config.hidden, opened.config.ffn
-        kernel = choose(plan.kind, invariant=True, shape=(ffn, hidden), seconds=0.5).name
-        model = collm_cloud.model(open_shard(whole), kernel, plan.context)
+            hidden = opened.config.hidden
+        shard = open_shard(whole)
+        kernel = kernel_for(shard, None, LlmLimits(), invariant=True).name
+        model = collm_cloud.model(shard, kernel, plan.context)
         try:
             prompts = tuple(_prompt(model, plan, at) for at in range(plan.prompts))
             texts = tuple(tuple(collm_cloud.greedy(model, prompt, plan.tokens)) for prompt in prompts)

@@ -36,13 +36,16 @@ TIMEOUT_S = 240.0
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`window_mib` is what fedge may use for weights, 0 for all; `limit_mb` is of each process's control group."""
+    """`window_mib` is what fedge may use for weights, 0 for all; with `past_cache` its window reads from the disk for
+    every token, else as fedge chooses. `limit_mb` is of each process's control group.
+    """
 
     part: str
     runtime: str
     weights: str
     ranks: int = 1
     window_mib: int = 0
+    past_cache: bool = False
     limit_mb: int = 0
     threads: tuple[int, ...] = (1,)
     tokens: int = TOKENS
@@ -87,6 +90,7 @@ def row(case: Case, runs: Sequence[Found], note: str | None = None) -> Row:
         "weights": case.weights,
         "ranks": case.ranks,
         "window_mib": case.window_mib or None,
+        "past_cache": case.past_cache or None,
         "limit_mb": case.limit_mb or None,
     }
     if not runs:
@@ -140,7 +144,8 @@ def _kernel(kind: Any, streamed: bool, shape: tuple[int, int]) -> str:
 def _fedge(case: Case, shape: Shape, cache: Path) -> Found:
     files = paths(case, shape, cache)
     kernel = _kernel(case.weights, case.window_mib > 0, (2 * shape.ffn // case.ranks, shape.hidden))
-    plain = Opening("", 0, 0, kernel, case.window_mib * MIB, profile=case.part == PROFILE)
+    profile = case.part == PROFILE
+    plain = Opening("", 0, 0, kernel, case.window_mib * MIB, direct=case.past_cache or None, profile=profile)
     openings = [replace(plain, shard=str(path), rank=rank) for rank, path in enumerate(files)]
     llm_models.forget(files)
     with Crew(openings, limit_bytes=case.limit_mb * MB or None) as crew:

@@ -40,13 +40,16 @@ END_S = 30.0
 
 
 class Opening(msgspec.Struct, frozen=True):
-    """What a rank is started with. `memory_bytes` 0: all weights in memory. `weights_per_s` 0: as fast as it is."""
+    """What a rank is started with. `memory_bytes` 0: all weights in memory, else a window, which reads past the cache
+    where `direct` says so, and None lets it choose. `weights_per_s` 0: as fast as it is.
+    """
 
     shard: str
     rank: int
     listener: int  # file descriptor
     kernel: str
     memory_bytes: int = 0
+    direct: bool | None = None
     weights_per_s: float = 0.0
     context: int = 256
     profile: bool = False
@@ -211,7 +214,7 @@ def _blocks(opening: Opening) -> tuple[Any, Any]:
     if opening.weights_per_s:
         kernel = Waiting(opening.weights_per_s).kernel(kernel)
     if opening.memory_bytes and opening.memory_bytes < sum(block.bytes for block in shard.blocks):
-        return shard, Window(shard, kernel, opening.memory_bytes, limits=LIMITS)
+        return shard, Window(shard, kernel, opening.memory_bytes, opening.direct, limits=LIMITS)
     return shard, Resident(shard, kernel)
 
 

@@ -83,9 +83,9 @@ def best(name: str, path: str, threads: Sequence[int], prompt: Sequence[int], to
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         if name == "llama.cpp":
-            for count in threads:
-                following = llama_cpp(path, count, len(prompt) + tokens + 1)
-                found.append(timed(following, prompt, tokens) | {"threads": count})
+            for count in threads:  # each model is gone before the next one comes
+                run = timed(llama_cpp(path, count, len(prompt) + tokens + 1), prompt, tokens)
+                found.append(run | {"threads": count})
             return min(found, key=lambda one: median(one["token_s"]))
         import torch
 

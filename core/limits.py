@@ -109,7 +109,6 @@ class LlmLimits:
     max_report_bytes: int = 1 << 18  # one message of a worker
     max_device_name_bytes: int = 64
     max_certificate_bytes: int = 1 << 14
-    max_known_shards: int = 1024  # that a worker may say it has
     beat_s: float = 2.0  # a worker says so often that it is there
     silence_s: float = 20.0  # a worker that says nothing for so long is gone
     settle_s: float = 3.0  # after a rank was lost: how long the others may take to say that they have noticed
@@ -135,12 +134,15 @@ class LlmLimits:
     # A cloud that continues what devices begin.
     max_devices: int = 256  # streams at a time; each takes two threads
     max_ask_bytes: int = 4 << 20  # one message of a device
-    max_asks: int = 32  # of one device that wait; of all: max_requests
+    max_asks: int = 8  # of one device that wait; of all: max_requests
+    stream_idle_s: float = 120.0  # a device that says nothing for so long has to open its stream again
     max_guesses: int = 16  # to be verified in one pass
     max_deadline_s: float = 60.0
     max_sessions: int = 4096
+    max_device_sessions: int = 64
     max_session_bytes: int = 1 << 30  # states, and keys and values of all positions that are known
     max_context_bytes: int = 8 << 30  # of all sessions
+    max_device_bytes: int = 2 << 30  # of all sessions of one device
     session_idle_s: float = 600.0  # a session that says nothing for so long is forgotten
     max_untold: int = 256  # replies that wait for a device to read them
     unread_s: float = 30.0  # a device that reads no reply for so long is cut off

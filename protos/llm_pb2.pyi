@@ -19,7 +19,7 @@ class Report(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., broken: _Optional[_Union[Broken, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "name", "incarnation", "weights_per_s", "memory_bytes", "disk_bps", "data_address", "certificate", "shards", "layer_s")
+    __slots__ = ("protocol", "name", "incarnation", "weights_per_s", "memory_bytes", "disk_bps", "data_address", "certificate", "layer_s")
     class WeightsPerSEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -35,7 +35,6 @@ class Hello(_message.Message):
     DISK_BPS_FIELD_NUMBER: _ClassVar[int]
     DATA_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
-    SHARDS_FIELD_NUMBER: _ClassVar[int]
     LAYER_S_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     name: str
@@ -45,9 +44,8 @@ class Hello(_message.Message):
     disk_bps: float
     data_address: str
     certificate: str
-    shards: _containers.RepeatedScalarFieldContainer[str]
     layer_s: float
-    def __init__(self, protocol: _Optional[int] = ..., name: _Optional[str] = ..., incarnation: _Optional[str] = ..., weights_per_s: _Optional[_Mapping[str, float]] = ..., memory_bytes: _Optional[int] = ..., disk_bps: _Optional[float] = ..., data_address: _Optional[str] = ..., certificate: _Optional[str] = ..., shards: _Optional[_Iterable[str]] = ..., layer_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., name: _Optional[str] = ..., incarnation: _Optional[str] = ..., weights_per_s: _Optional[_Mapping[str, float]] = ..., memory_bytes: _Optional[int] = ..., disk_bps: _Optional[float] = ..., data_address: _Optional[str] = ..., certificate: _Optional[str] = ..., layer_s: _Optional[float] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("epoch",)
@@ -74,26 +72,24 @@ class Beat(_message.Message):
     def __init__(self, private_bytes: _Optional[int] = ..., mapped_bytes: _Optional[int] = ...) -> None: ...
 
 class Order(_message.Message):
-    __slots__ = ("load", "dismiss", "welcome", "start")
+    __slots__ = ("load", "dismiss", "welcome", "start", "end")
     LOAD_FIELD_NUMBER: _ClassVar[int]
     DISMISS_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
     load: Load
     dismiss: Dismiss
     welcome: Welcome
     start: Start
-    def __init__(self, load: _Optional[_Union[Load, _Mapping]] = ..., dismiss: _Optional[_Union[Dismiss, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ...) -> None: ...
+    end: End
+    def __init__(self, load: _Optional[_Union[Load, _Mapping]] = ..., dismiss: _Optional[_Union[Dismiss, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "model", "kind")
+    __slots__ = ("protocol",)
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
-    MODEL_FIELD_NUMBER: _ClassVar[int]
-    KIND_FIELD_NUMBER: _ClassVar[int]
     protocol: int
-    model: str
-    kind: str
-    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., kind: _Optional[str] = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("epoch", "rank", "peers", "digest", "bytes", "key", "slots", "context", "memory_bytes", "collective", "invariant")
@@ -127,15 +123,19 @@ class Start(_message.Message):
     epoch: int
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
 
+class End(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
 class Peer(_message.Message):
-    __slots__ = ("name", "address", "certificate")
-    NAME_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("address", "certificate")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
-    name: str
     address: str
     certificate: str
-    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., certificate: _Optional[str] = ...) -> None: ...
+    def __init__(self, address: _Optional[str] = ..., certificate: _Optional[str] = ...) -> None: ...
 
 class Dismiss(_message.Message):
     __slots__ = ("reason", "detail")
@@ -170,18 +170,16 @@ class MeetRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., layer: _Optional[int] = ...) -> None: ...
 
 class MeetReply(_message.Message):
-    __slots__ = ("model", "context", "max_session_bytes", "max_ask_bytes", "max_guesses")
+    __slots__ = ("model", "context", "max_ask_bytes", "max_guesses")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
-    MAX_SESSION_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_ASK_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_GUESSES_FIELD_NUMBER: _ClassVar[int]
     model: str
     context: int
-    max_session_bytes: int
     max_ask_bytes: int
     max_guesses: int
-    def __init__(self, model: _Optional[str] = ..., context: _Optional[int] = ..., max_session_bytes: _Optional[int] = ..., max_ask_bytes: _Optional[int] = ..., max_guesses: _Optional[int] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., context: _Optional[int] = ..., max_ask_bytes: _Optional[int] = ..., max_guesses: _Optional[int] = ...) -> None: ...
 
 class Ask(_message.Message):
     __slots__ = ("session", "hidden", "want", "verify", "forget")

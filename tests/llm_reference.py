@@ -45,7 +45,7 @@ def attention(model: Folder, name: str, x: Array) -> Array:
         q = norm(q, model.tensor(name + "q_norm.weight"), config.eps)
         k = norm(k, model.tensor(name + "k_norm.weight"), config.eps)
     cos, sin = rope.tables(config, np.arange(n))
-    q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     out = np.empty_like(q)
     for head in range(config.heads):
         group = head // config.group
@@ -54,6 +54,15 @@ def attention(model: Folder, name: str, x: Array) -> Array:
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         out[:, head] = weights / weights.sum(axis=1, keepdims=True) @ v[:, group]
     return linear(model, name + "o_proj", out.reshape(n, -1), config.o_bias)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """All heads of x [n, heads, head_dim] turned. A pair is one number of each half of the head, as Hugging Face stores
+    queries and keys (not neighbours, as in RoFormer).
+    """
+    first, second = np.split(x, 2, axis=-1)
+    c, s = cos[:, None, :], sin[:, None, :]
+    return np.concatenate((first * c - second * s, second * c + first * s), axis=-1)
 
 
 def visible(config: Config, n: int) -> Array:

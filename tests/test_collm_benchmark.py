@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from benchmarks import collm, collm_cloud, collm_model
 from benchmarks.collm import ALONE, CALIBRATED, EACH, EXACT, GOAL_MS, GUESSES, NAIVE, QUICK, STREAM, Case
-from benchmarks.collm_device import Device, Order
+from benchmarks.collm_device import Device, Order, Taken
 from fedge.core.errors import ModelError
 from fedge.edge.llm.collab.thresholds import row
 from fedge.edge.llm.shards.shard import open_shard
@@ -101,11 +102,18 @@ def test_the_relay_counts_what_messages_need_and_no_warming_up(about, clouds, de
     with Relay(clouds[True]) as relay:
         found = collm._row(PLAIN_WAYS[0], 0, relay, device, order(about, PLAIN_WAYS[0], relay.address))
     assert (found["link_up_bytes"], found["link_down_bytes"]) == (found["up_bytes"], found["down_bytes"])
-    assert found["cloud_share"] == 1.0
+    assert found["asked_share"] == round(len(about.prompts) / found["tokens"], 4)
     with Relay(clouds[False]) as relay:
         case = EXACT_WAYS[0]
         found = collm._row(case, 0, relay, device, order(about, case, relay.address))
     assert found["up_bytes"] < found["link_up_bytes"] < found["up_bytes"] + 200  # what gRPC adds
+
+
+def test_questions_without_an_answer_were_asked():
+    taken = Taken(((1, 2, 3, 4),), 1.0, 0.1, 40, 20, asked=3, labels={"exit:1": 1, "cloud": 1, "fallback": 2})
+    device = SimpleNamespace(take=lambda _, begin: begin() or taken)
+    found = collm._row(EXACT_WAYS[0], 0, SimpleNamespace(forwarded_bytes=(0, 0)), device, None)
+    assert found["asked_share"] == 0.75
 
 
 def test_what_was_foreseen_along_the_texts_is_what_a_device_does_as_long_as_it_writes_them(
@@ -154,7 +162,7 @@ def test_a_cloud_does_not_outlive_its_parent(about):
 def rows(**changed):
     """What all goals hold for, with changes by the name of the way."""
     times = {CALIBRATED: 5.0, GUESSES: 4.0, EXACT: 4.0, EACH: 45.0, STREAM: 6.0}
-    whole = {"forced_agreement": 0.985, "cloud_share": 0.4, "up_bytes_per_position": 140.0, "same_text": 1.0}
+    whole = {"forced_agreement": 0.985, "asked_share": 0.4, "up_bytes_per_position": 140.0, "same_text": 1.0}
     return [
         {"way": way, "delay_ms": delay, "ms_per_token": ms, **whole} | changed.get(way, {})
         for way, ms in times.items()
@@ -169,7 +177,7 @@ def held(found):
 def test_goals():
     assert held(rows()) == [True] * 8
     assert held(rows(**{CALIBRATED: {"forced_agreement": 0.97}}))[0] is False
-    assert held(rows(**{CALIBRATED: {"cloud_share": 0.51}}))[1] is False
+    assert held(rows(**{CALIBRATED: {"asked_share": 0.51}}))[1] is False
     assert held(rows(**{CALIBRATED: {"up_bytes_per_position": 144.5}}))[2] is False
     assert held(rows(**{EXACT: {"same_text": 0.95}}))[3] is False
     assert held(rows(**{CALIBRATED: {"ms_per_token": 20.0}}))[4:] == [True, False, True, True]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import llm, llm_cases, llm_link, llm_models, llm_rivals
+from benchmarks import llm, llm_cases, llm_link, llm_models, llm_ranks, llm_rivals
 from benchmarks.llm_cases import FEDGE, Case, Found
 from benchmarks.llm_models import TINY
 from benchmarks.llm_net import Net
@@ -98,6 +98,19 @@ def test_ranks_answer_as_the_reference_does(cache, prompt, wanted, ranks):
     assert taken.ttft_s > 0
     assert {"qkv", "o", "gate_up", "down", "head", "attention", "pointwise", "exchange", "rest"} <= set(taken.parts)
     assert (taken.rtt_s > 0) == (ranks > 1)
+
+
+def test_a_rank_reads_past_the_cache_where_it_is_told_to(cache, prompt, wanted, monkeypatch):
+    (path,) = llm_models.shards(TINY, "float32", 1, cache)
+    largest = max(block.bytes for block in open_shard(path).blocks)
+    given = []
+    monkeypatch.setattr(llm_ranks, "Window", lambda *facts, limits: given.append(facts[2:]))
+    for direct in (True, None):
+        llm_ranks._blocks(Opening(str(path), 0, 0, "numpy-float32", 2 * largest, direct=direct))
+    assert given == [(2 * largest, True), (2 * largest, None)]
+    with Crew(openings([path], "numpy-float32", memory_bytes=2 * largest)) as crew:
+        crew.order(prompt, TOKENS)
+        assert list(crew.end(60).ids) == wanted
 
 
 def test_a_slow_device_takes_the_time_it_would_take(cache, prompt):
@@ -230,6 +243,17 @@ def test_the_planner_is_judged_by_the_worst_link(cache):
     assert (regret.value, regret.holds) == (1.5, False)
 
 
+def test_what_the_prediction_is_made_from_does_not_judge_it():
+    def row(ranks, predicted):
+        facts = {"ranks": ranks, "predicted_ms": predicted, "ms_per_token": 10.0, "planned": ranks == 2}
+        return {"part": "link", "delay_ms": 0, "Mbit/s": 50} | facts
+
+    _, off = llm_link.goals([row(1, 10.0), row(1, 10.0), row(2, 13.0)])
+    assert off.value == 0.3
+    _, off = llm_link.goals([row(1, 10.0) | {"planned": True}])
+    assert off.value is None
+
+
 def test_a_figure_is_drawn(cache, tmp_path):
     (path,) = llm_models.shards(TINY, "int8", 1, cache)
     taken = {ranks: [Taken(0.1, (0.02,), (1,), 1e-3, 5e7)] * 2 for ranks in (1, 2)}
@@ -238,9 +262,9 @@ def test_a_figure_is_drawn(cache, tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def case_row(key, ms):
+def case_row(key, ms, past_cache=False):
     part, runtime, weights, ranks, window = key
-    case = Case(part, runtime, weights, ranks, window_mib=512 if window else 0)
+    case = Case(part, runtime, weights, ranks, window_mib=512 if window else 0, past_cache=past_cache)
     return llm_cases.row(case, [Found(0.1, ms / 1e3, 1, (1, 2), 1 << 20, 0, None)])
 
 
@@ -251,11 +275,14 @@ def test_goals_are_ratios_of_the_rows_they_name():
     found = {one.name: one.value for one in llm.judged(rows)}
     for name, above, below, _ in llm.GOALS:
         assert found[name] == round(order[above] / order[below], 3)
+    past = [case_row(key, 1000, past_cache=True) for key in times if key[-1]]
+    assert past
+    assert {one.name: one.value for one in llm.judged([*rows, *past])} == found
     assert all(one.value is None and not one.holds for one in llm.judged([]))
 
 
 def test_every_goal_is_about_cases_that_are_run():
-    cases = [*llm.FREE, *llm.CAPPED]
+    cases = [case for case in (*llm.FREE, *llm.CAPPED) if not case.past_cache]
     keys = {(one.part, one.runtime, one.weights, one.ranks, one.window_mib > 0) for one in cases}
     assert len(keys) == len(cases)
     assert {key for _, above, below, _ in llm.GOALS for key in (above, below)} <= keys
@@ -280,6 +307,34 @@ def test_what_is_missing_or_fails_is_a_row(cache, monkeypatch):
     assert not any("ms_per_token" in row for row in rows)
 
 
+def test_a_part_that_fails_leaves_the_rows_of_the_others():
+    def broken():
+        raise RuntimeError("killed: out of memory")
+
+    rows = llm.every(["link", "real"], {"link": broken, "real": lambda: [{"part": "real", "weights": "toy"}]})
+    assert rows == [{"part": "link", "note": "failed: killed: out of memory"}, {"part": "real", "weights": "toy"}]
+    assert llm_link.measured(rows) == []
+    assert all(one.value is None for one in llm.judged(rows))
+
+
+def test_what_is_measured_is_told_before_it_is_drawn(tmp_path, monkeypatch, capsys):
+    def broken(rows, path):
+        raise OSError("no space")
+
+    row = {"part": "link", "runtime": "fedge", "ranks": 2, "delay_ms": 0, "Mbit/s": 50, "planned": True}
+    monkeypatch.setattr(llm_link, "measure", lambda *_, quick: [row | {"predicted_ms": 10.0, "ms_per_token": 10.0}])
+    monkeypatch.setattr(llm_link, "draw", broken)
+    words = ["llm", "--quick", "--json", "--only", "link", "--cache", str(tmp_path), "--figure"]
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "figure.png")])
+    with pytest.raises(OSError, match="no space"):
+        llm.main()
+    assert json.loads(capsys.readouterr().out)["rows"][0]["ms_per_token"] == 10.0
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "no" / "figure.png")])
+    with pytest.raises(SystemExit, match="There is no folder for the figure"):
+        llm.main()
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_quick_run_prints_one_object_of_the_contract(tmp_path):
@@ -290,7 +345,7 @@ def test_a_quick_run_prints_one_object_of_the_contract(tmp_path):
     result = json.loads(done.stdout)
     assert result["benchmark"] == "llm"
     assert {row["part"] for row in result["rows"]} >= {"float32", "int8", "int4", "rivals", "link", "profile"}
-    assert len(result["goals"]) == len(llm.GOALS) + 2
+    assert len(result["goals"]) == len(llm.judged([]))
     exact = [row for row in result["rows"] if row["weights"] == "float32" and row["runtime"] == FEDGE]
     assert len(exact) == 2
     assert result["packages"]["safetensors"] != "missing"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedge.core.errors import AddressError, ExperimentError, Overloaded
+from fedge.core.errors import AddressError, DataError, ExperimentError, Overloaded
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm.api.chat import Answer, Client, ask, chat, plain
 from fedge.edge.llm.engine.requests import Request
@@ -70,6 +70,19 @@ def test_one_question_gives_plain_data(live):
     assert found["completion_tokens"] == 8
     assert found["prompt_tokens"] > 8
     assert found["tokens_per_s"] > 0
+
+
+def test_a_question_that_is_no_text_is_told_and_the_next_one_answered(live):
+    client = Client(live.url, None, "s3cret")
+    with pytest.raises(DataError, match="no valid UTF-8"):
+        ask(client, "\udcff", **COLD)
+    typed, out = io.TextIOWrapper(io.BytesIO(b"\xff\nHi\n\xe2"), "utf-8"), io.StringIO()
+    chat(client, typed, out, **COLD)
+    first, second, third, *rest = out.getvalue().split("> ")[1:]
+    assert "no valid UTF-8" in first
+    assert second == plain(expected(live, "Hi")) + "\n"
+    assert "no valid UTF-8" in third
+    assert rest == [""]
 
 
 class Interrupted(io.StringIO):

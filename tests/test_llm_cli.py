@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,9 @@ from typing import Any
 import pytest
 
 import fedge.llm
+from fedge.edge.llm.engine import engine as engines
+from fedge.edge.llm.ranks.model import Model
+from fedge.edge.llm.shards import planner
 from tests import llm_fixture, llm_reference
 
 with warnings.catch_warnings():  # typer still imports what click has deprecated
@@ -90,6 +94,97 @@ def test_the_plan_shares_by_speed_and_says_how_many_devices_are_best(
     assert "ms/token" in out
     drawn = told(capsys, "plan", model, "--devices", devices, "--figure", tmp_path / "plan.png")["figure"]
     assert Path(drawn).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plan_keeps_what_serve_keeps(
+    tmp_path: Path, devices: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = llm_fixture.folder(tmp_path, layers=1, context=4 * fedge.llm.MOST_CONTEXT)
+    kept, made = [], {}
+
+    def plan(*given: Any, kv_tokens: int) -> Any:
+        kept.append(kv_tokens)
+        return found(*given, kv_tokens=kv_tokens)
+
+    def engine(*_: Any, **settings: Any) -> Any:
+        made.update(settings)
+        raise fedge.llm.ExperimentError("enough")
+
+    found = planner.plan
+    monkeypatch.setattr(planner, "plan", plan)
+    monkeypatch.setattr(fedge.llm, "Engine", engine)
+    told(capsys, "plan", long, "--devices", devices)
+    told(capsys, "plan", long, "--devices", devices, "--context", "8192", "--slots", "1")
+    assert call(capsys, "serve", long, "--data-port", "7451")[0] == 2
+    assert made["data_port"] == 7451
+    assert kept == [made["slots"] * fedge.llm.MOST_CONTEXT, 8192]
+    assert made["context"] is None
+    for command in ("plan", "serve"):
+        assert str(fedge.llm.MOST_CONTEXT) in call(capsys, command, "--help")[1]
+
+
+def test_what_bench_prints_is_a_device_for_the_plan(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speeds = ["--store", tmp_path, "--prompt", "9", "--tokens", "5", "--kind", "float32"]
+    plain, run = (told(capsys, "bench", *some, *speeds) for some in ([], [model]))
+    assert run["run"]["tokens_per_s"] > 0
+    one, several = tmp_path / "a.json", tmp_path / "devices.json"
+    one.write_text(json.dumps(run))
+    several.write_text(json.dumps([plain, run]))
+    assert len(told(capsys, "plan", model, "--devices", one)["options"]) == 1
+    assert len(told(capsys, "plan", model, "--devices", several)["options"]) == 2
+
+
+def test_bench_passes_once_for_each_token(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    class Engine(engines.Engine):
+        def submit(self, request: Any, on_piece: Any = None) -> Any:
+            asked.append((request, handle := super().submit(request, on_piece), self))
+            return handle
+
+        def close(self) -> None:
+            stats.append(self.stats())
+            super().close()
+
+    stats: list[dict[str, float]] = []
+    monkeypatch.setattr(engines, "Engine", Engine)
+    words = ["bench", model, "--store", tmp_path, "--prompt", "9", "--tokens", "40", "--kind", "float32"]
+    told(capsys, *words)
+    assert [handle.usage.completion_tokens for _, handle, _ in asked] == [40, 40]
+    assert [(request.stop_tokens, request.sampling.temperature) for request, *_ in asked] == [((), 0.0)] * 2
+    assert stats[0]["drafted_tokens"] == 0
+    code, _, err = call(capsys, "bench", model, "--store", tmp_path, "--tokens", "100000")
+    assert (code, "do not fit the model's context" in err) == (2, True)
+
+    def broken(*_: Any) -> Any:
+        raise fedge.llm.ExperimentError("The disk is gone; mend it.")
+
+    monkeypatch.setattr(Model, "run", broken)
+    code, out, err = call(capsys, *words)
+    assert (code, out) == (4, "")
+    assert "The disk is gone" in err
+
+
+@pytest.mark.parametrize("content", [b'[{"name": "\xff"}]', b"[" * 100_000])
+def test_a_list_of_devices_that_is_none_is_told(
+    content: bytes, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    code, _, err = call(capsys, "plan", model, "--devices", tmp_path / "a.json")
+    assert (code, "is no list of devices" in err) == (2, True)
+
+
+@pytest.mark.parametrize("megabytes", ["nan", "inf", "-1", "0", "1e30"])
+@pytest.mark.parametrize("words", [["plan", "MODEL"], ["serve", "MODEL"], ["bench", "MODEL"], ["join", "127.0.0.1:1"]])
+def test_memory_that_no_machine_has_is_told(
+    words: list[str], megabytes: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(capsys, *(model if word == "MODEL" else word for word in words), "--memory", megabytes)
+    assert (code, "is no memory that a machine can give" in err) == (2, True)
 
 
 def test_export_writes_a_file_for_every_rank(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,11 +290,15 @@ def test_a_device_joins_a_head_that_waits_for_it(model: Path, tmp_path: Path) ->
         "--store",
         tmp_path / "head",
     ]
-    words = ["join", control, "--name", "pi", "--memory", "200", "--store", tmp_path / "pi"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["join", control, "--name", "pi", "--memory", "200", "--data-port", port, "--store", tmp_path / "pi"]
     worker = subprocess.Popen([*FEDGE, *map(str, words)], stderr=subprocess.DEVNULL)
     try:
         with running(r"ranks: (.*);? context", *head) as (_, ranks):
             assert ranks.startswith("head, pi")
+            with socket.create_connection(("127.0.0.1", port), 10):  # which others would dial
+                pass
     finally:
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(30) == 0

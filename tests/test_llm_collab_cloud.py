@@ -240,7 +240,7 @@ def test_states_survive_their_coding(coding: Any, most: float) -> None:
     assert [one.start for one in found] == [5, *(5 + np.cumsum([len(one.rows) for one in found])[:-1])]
     assert np.abs(np.concatenate([one.rows for one in found]) - x).max() <= most
     large = _states(wire.states("s", 0, x * 1e5, coding)[0]).rows
-    assert np.abs(large / 1e5 - x).max() <= (most if coding == "u8" else 1e-5)
+    assert np.abs(large / 1e5 - x).max() <= 1e-5
 
 
 def test_what_would_be_late_is_not_computed(address: str, device: Line, cut: Halves) -> None:
@@ -354,7 +354,7 @@ POSITION_BYTES = 64 * 4 + (LAYERS - LAYER) * 2 * 2 * 16 * 4  # a state, and keys
 def test_a_session_has_a_most(small: str, cut: Halves) -> None:
     x = cut.states(IDS)
     with line(small, cut.digest) as device:
-        assert meet(small, cut.digest).max_session_bytes == 30 * POSITION_BYTES
+        assert meet(small, cut.digest).context == 30
         device.put("a", 0, x[:30])
         device.put("a", 30, x[30:31])
         told = device.hear()

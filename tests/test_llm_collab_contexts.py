@@ -1,7 +1,5 @@
 """The context store against an obvious one: whole arrays by name, and rules in words."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -13,8 +11,15 @@ from fedge.core.limits import LlmLimits
 from fedge.edge.llm.collab.contexts import Contexts, Key, Session
 
 WIDTH, CONTEXT, SLOTS, POSITION_BYTES = 3, 24, 2, 10
-LIMITS = replace(LlmLimits(), max_sessions=4, session_idle_s=10.0, max_session_bytes=21 * 22, max_context_bytes=50 * 22)
-KEYS = [(device, session) for device in "xy" for session in "abc"]
+LIMITS = LlmLimits(
+    max_sessions=4,
+    max_device_sessions=2,
+    session_idle_s=10.0,
+    max_session_bytes=21 * 22,
+    max_device_bytes=32 * 22,
+    max_context_bytes=50 * 22,
+)
+KEYS = [(device, session) for device in "xyz" for session in "abc"]
 
 
 def row(key: Key, position: int) -> list[float]:
@@ -89,15 +94,21 @@ class Against(RuleBasedStateMachine):
             one.used_at = now
 
     def make_room(self, key: Key, more: int) -> bool:
-        """Others leave, the longest unused first, until there is room."""
-        while True:
-            crowded = key not in self.obvious and len(self.obvious) >= LIMITS.max_sessions
-            if not crowded and sum(one.size for one in self.obvious.values()) + more <= LIMITS.max_context_bytes:
-                return True
-            victims = [other for other in self.idle() if other != key]
-            if not victims:
-                return False
-            del self.obvious[victims[0]]
+        """Others leave, first of the same device, then of all, the longest unused first, until there is room."""
+        for whose, most, most_bytes in (
+            (key[0], LIMITS.max_device_sessions, LIMITS.max_device_bytes),
+            ("xyz", LIMITS.max_sessions, LIMITS.max_context_bytes),
+        ):
+            while True:
+                there = {other: one.size for other, one in self.obvious.items() if other[0] in whose}
+                crowded = key not in there and len(there) >= most
+                if not crowded and sum(there.values()) + more <= most_bytes:
+                    break
+                victims = [other for other in self.idle() if other != key and other in there]
+                if not victims:
+                    return False
+                del self.obvious[victims[0]]
+        return True
 
     @rule(key=st.sampled_from(KEYS))
     def seat(self, key: Key) -> None:

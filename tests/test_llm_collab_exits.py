@@ -21,7 +21,7 @@ from fedge.edge.llm.collab.fit import Effort, Lesson, Vocabulary, fit
 from fedge.edge.llm.collab.teacher import pieces, teacher
 from fedge.edge.llm.collab.thresholds import Seen, compact, row, table, threshold_for
 from fedge.edge.llm.collab.train import FEWEST, divide, train_exits
-from fedge.edge.llm.models.folder import EMBEDDING, HEAD, NORM, open_folder
+from fedge.edge.llm.models.folder import EMBEDDING, HEAD, NORM, open_folder, promised
 from tests.llm_fixture import folder
 from tests.llm_reference import attention, ffn, norm
 from tests.llm_reference import logits as whole
@@ -358,7 +358,7 @@ def test_exits_are_trained_from_a_text_or_from_the_models_own(tmp_path: Path, ti
         assert again.model == found.model == opened.digest
         start = untrained(opened, (1, 2))
         assert opened.config.tied is tied
-        assert (EMBEDDING in opened.names(), HEAD in opened.names()) == (True, not tied)
+        assert (EMBEDDING in promised(opened.config), HEAD in promised(opened.config)) == (True, not tied)
     assert not np.array_equal(again.exits[0].down, start.exits[0].down)
     assert again.table == found.table
     assert [one.temperature for one in again.exits] != [1.0, 1.0]

@@ -358,7 +358,8 @@ def test_the_engine_stops_where_it_is_told(model: Cut, full: Model, address: str
         engine = Engine(made, Tokenizer(model.model))
         tokens, last = pieces_of(engine.submit(Request(tuple(PROMPT), 20, GREEDY, stop_tokens=(wanted[7],))))
         assert (tokens, last.finish) == (wanted[: wanted.index(wanted[7]) + 1], "stop")
-        text = Tokenizer(model.model).decode(wanted)
+        stream = Tokenizer(model.model).stream(start=True)
+        text = "".join(map(stream.push, wanted)) + stream.flush()
         stop = text[4:7]
         found = list(engine.submit(Request(tuple(PROMPT), 20, GREEDY, stop=(stop,), stop_tokens=())))
         assert found[-1].finish == "stop"

@@ -305,6 +305,25 @@ def test_losses_with_tokens_in_between_are_survived(started):
     assert engine.stats()["recoveries"] == MAX_LOSSES + 3
 
 
+def test_a_better_model_mends_a_change_that_failed(started):
+    """The next request need not recover what works."""
+    found, recovered = [Oracle(3, 64), ModelError("A shard cannot be cut.")], []
+
+    def between():
+        outcome = found.pop() if found else None
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    engine = started(Oracle(3, 64), recover=lambda: recovered.append(1) or Oracle(3, 64), between=between)
+    until = time.monotonic() + 20
+    while found:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert tokens(engine.submit(Request(PROMPT, 3, GREEDY))) == alone(PROMPT, 3)
+    assert not recovered
+
+
 @pytest.mark.parametrize("error", [RankLost("Rank 1 fell silent.", 1), ZeroDivisionError("secret path")])
 def test_any_failure_of_a_model_ends_what_ran_and_the_engine_lives_on(started, error):
     model = Oracle(3, 64)
@@ -411,7 +430,8 @@ def test_close_ends_all_and_nothing_can_be_asked_after_it(started):
 
 
 def test_a_receiver_may_close_the_engine(started):
-    engine, ends = started(Oracle(3, 64)), []
+    model, ends = Gate(3, 64), []
+    engine = started(model)
 
     def last(piece):
         ends.append(piece.finish)
@@ -419,6 +439,7 @@ def test_a_receiver_may_close_the_engine(started):
 
     for size in (3, 4):
         engine.submit(Request(PROMPT[:size], 30, GREEDY), last)
+    model.passes.release(9)
     engine._thread.join(20)
     assert ends.count("cancelled") == 2
 
@@ -460,6 +481,18 @@ def test_figures_tell_times_and_reuse():
     assert {name: stats[name] for name in expected} == expected
     assert stats["tokens_per_s"] == 2.0
     assert stats["mean_ttft_s"] == 0.5
+
+
+def test_means_are_of_requests_that_have_such_a_time(started):
+    model = Oracle(3, 64)
+    model.fail = [None, None, None, RankLost("Rank 1 fell silent.", 1)]
+    engine = started(model, recover=None, speculate=False)
+    assert len(tokens(engine.submit(Request(PROMPT, 3, GREEDY)))) == 3
+    first = engine.stats()
+    failed = list(engine.submit(Request(PROMPT, 3, GREEDY)))
+    assert (failed[-1].finish, failed[-1].cause) == ("error", RankLost)
+    for name in ("mean_ttft_s", "mean_tpot_s"):
+        assert engine.stats()[name] == first[name] > 0
 
 
 @pytest.mark.slow

@@ -16,11 +16,13 @@ from safetensors.numpy import load_file
 from fedge.core.errors import DataError, ModelError
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm.models import config, rope
-from fedge.edge.llm.models.folder import EMBEDDING, HEAD, INDEX, NORM, SINGLE, open_folder
+from fedge.edge.llm.models.folder import EMBEDDING, HEAD, INDEX, NORM, SINGLE, open_folder, promised
 from fedge.edge.llm.models.mapped import Mapped, entries
 from tests.llm_fixture import folder, stored, write
-from tests.llm_reference import logits
+from tests.llm_reference import logits, rotate
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 2.0}
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -37,15 +39,11 @@ def test_single_file_is_read_as_safetensors_itself_reads_it(tmp_path: Path) -> N
     path = folder(tmp_path)
     wanted = load_file(path / SINGLE)
     with open_folder(path) as model:
-        assert set(model.names()) == set(wanted)
+        assert set(promised(model.config)) == set(wanted)
         for name, array in wanted.items():
             np.testing.assert_array_equal(model.tensor(name), array)
         whole = wanted[QUERY]
         np.testing.assert_array_equal(model.rows(QUERY, 16, 48), whole[16:48])
-        columns = model.columns(QUERY, 5, 9)
-        np.testing.assert_array_equal(columns, whole[:, 5:9])
-        assert columns.flags.c_contiguous
-        assert columns.flags.owndata
         np.testing.assert_array_equal(model.embed([7, 0, 7]), wanted[EMBEDDING][[7, 0, 7]])
         assert model.embed([]).shape == (0, 64)
 
@@ -56,7 +54,7 @@ def test_shards_of_half_numbers_become_the_float32_they_stand_for(tmp_path: Path
     path = folder(tmp_path / "half", dtype=dtype, shards=3)
     assert len(list(path.glob("*.safetensors"))) == 3
     with open_folder(path) as model:
-        for name in model.names():
+        for name in promised(model.config):
             bits = stored(exact[name], dtype)
             wide = (bits.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else bits.astype(np.float32)
             np.testing.assert_array_equal(model.tensor(name), wide)
@@ -118,6 +116,10 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": -1.0}}, "factor"),
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
+        ("llama", {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor"),
+        ("llama", {"rope_scaling": LLAMA3 | {"high_freq_factor": 1e-9, "low_freq_factor": 1e-10}}, "rope parameters"),
+        ("llama", {"rope_scaling": YARN | {"beta_fast": 0.0}}, "beta_fast"),
+        ("llama", {"rope_scaling": YARN | {"beta_slow": 1e-320}}, "rope parameters"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "alike in all layers"),
         ("llama", {"rope_theta": 0.5}, "rope"),
         ("llama", {"num_attention_heads": 3}, "num_key_value_heads 2"),
@@ -136,6 +138,13 @@ def test_what_cannot_be_computed_is_refused_by_its_field(
     path = folder(tmp_path, family)
     rewrite(path, **fields)
     with pytest.raises(ModelError, match=named):
+        open_folder(path)
+
+
+def test_an_end_that_the_model_does_not_know_is_refused(tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    (path / "generation_config.json").write_text('{"eos_token_id": [2, 128]}')
+    with pytest.raises(ModelError, match=r"generation_config\.json.*below vocab_size 128"):
         open_folder(path)
 
 
@@ -334,9 +343,7 @@ def test_what_a_query_sees_depends_on_the_distance_only(position: int, shift: in
     q, k = np.random.default_rng(seed).standard_normal((2, 1, 2, 16)).astype(np.float32)
 
     def score(at: int, of: int) -> Any:
-        return (
-            rope.rotate(q, *rope.tables(model, np.array([at]))) * rope.rotate(k, *rope.tables(model, np.array([of])))
-        ).sum()
+        return (rotate(q, *rope.tables(model, np.array([at]))) * rotate(k, *rope.tables(model, np.array([of])))).sum()
 
     np.testing.assert_allclose(score(position + 7, position), score(position + shift + 7, position + shift), atol=0.05)
     np.testing.assert_allclose(score(position, position), (q * k).sum(), atol=1e-4)

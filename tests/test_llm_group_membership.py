@@ -125,6 +125,20 @@ def test_a_device_that_fails_for_a_reason_of_its_own_rests_and_one_that_lost_ano
     assert roster.usable() == ()
 
 
+def test_a_device_that_fails_again_and_again_rests_longer_until_it_was_met():
+    clock = Clock()
+    roster = Roster(LIMITS, clock)
+    roster.enter(hello())
+    for seconds in (30.0, 60.0, 120.0, 240.0, 480.0, 600.0, 600.0):
+        roster.fail("a", "It could not be met.")
+        assert roster.members["a"].rest_until - clock.now == seconds
+    assert roster.usable() == ()
+    assert [one.name for one in roster.usable(resting=True)] == ["a"]
+    roster.met(["a"])
+    roster.fail("a", "It could not be met.")
+    assert roster.members["a"].rest_until - clock.now == 30.0
+
+
 def test_reports_of_a_replaced_stream_count_for_nothing():
     roster = Roster(LIMITS, Clock())
     old, new = roster.enter(hello()), roster.enter(hello())
@@ -156,8 +170,6 @@ def test_a_device_that_reads_no_orders_is_sent_away():
         {"incarnation": "0"},
         {"certificate": "x" * (1 << 15)},
         {"certificate": "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"},
-        {"shards": ["../../etc/passwd"]},
-        {"shards": ["0" * 64] * 1025},
         {"weights_per_s": {"int8": math.nan}},
         {"weights_per_s": {str(one): 1.0 for one in range(17)}},
         {"disk_bps": 0.0},
@@ -216,9 +228,9 @@ def load(**changes):
     ],
 )
 def test_a_load_that_cannot_be_is_refused(wrong):
-    assert messages.load(load(), LIMITS).rank == 1
+    messages.check_load(load(), LIMITS)
     with pytest.raises(DataError):
-        messages.load(load(**wrong), LIMITS)
+        messages.check_load(load(**wrong), LIMITS)
 
 
 @given(st.binary(max_size=300))

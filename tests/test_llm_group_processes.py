@@ -1,6 +1,7 @@
 """Workers as processes that are killed, stopped and started again while a model answers."""
 
 import contextlib
+import http.client
 import os
 import random
 import signal
@@ -14,7 +15,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedge.core.errors import RankLost
+from fedge.core.errors import ExperimentError, RankLost
 from fedge.edge.llm.engine.engine import Engine
 from fedge.edge.llm.engine.requests import Request
 from fedge.edge.llm.engine.sampler import Sampling
@@ -22,8 +23,10 @@ from fedge.edge.llm.group import group as groups
 from fedge.edge.llm.group.child import Settings
 from fedge.edge.llm.group.division import everyone
 from fedge.edge.llm.group.local import child, local
+from fedge.edge.llm.group.store import Store
 from fedge.edge.llm.mesh.security import Ticket
 from fedge.edge.llm.models.folder import open_folder
+from fedge.llm import Engine as WholeEngine
 from tests.llm_fixture import folder
 from tests.llm_group_head import KERNEL, LIMITS, MEMORY, PROMPT, SPEED, alone, greedy, head, until
 
@@ -74,6 +77,66 @@ def test_a_group_on_one_machine_answers_like_one_rank_and_ends_as_a_whole(model,
             formed = group.form(20)
             assert group.names == ("head", "local-1")
             assert greedy(formed, 20) == answer
+
+
+def test_a_child_that_cannot_work_ends_the_start_with_its_sentence(model, tmp_path):
+    taken = Store(tmp_path / "store" / "local-1", LIMITS)
+    settings = {"kind": "float32", "slots": 2, "context": 128, "speed": SPEED, "kernel": KERNEL}
+    began = time.monotonic()
+    with (
+        open_folder(model) as opened_folder,
+        local(opened_folder, 2, store=tmp_path / "store", divide=everyone, limits=LIMITS, **settings) as group,
+        pytest.raises(ExperimentError, match="Another worker uses"),
+    ):
+        group.form(600)
+    assert time.monotonic() - began < 60
+    taken.close()
+
+
+def test_no_ranks_are_refused(model, tmp_path):
+    with pytest.raises(ExperimentError, match="ask for 1 at least"):
+        WholeEngine(model, ranks=0, store=tmp_path / "store")
+
+
+def test_one_word_to_stop_at_is_one(tmp_path, monkeypatch):
+    asked = []
+    with WholeEngine(folder(tmp_path, vocab=320), kind="float32", kernel=KERNEL, store=tmp_path / "store") as engine:
+        monkeypatch.setattr(engine.engine, "submit", asked.append)
+        engine.generate("a", stop="END")
+        engine.generate("a", stop=["END", "STOP"])
+    assert [one.stop for one in asked] == [("END",), ("END", "STOP")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_server_that_is_told_to_end_ends_its_ranks_and_dismisses_others(tmp_path, how, code):
+    """Ctrl-C reaches all processes of a terminal; the ranks go on until the head lets them."""
+    model, others = folder(tmp_path, vocab=320), tmp_path / "others"
+    words = ["serve", str(model), "--all", "--kind", "float32", "--kernel", KERNEL, "--listen", "127.0.0.1:0"]
+    address = free_address()
+    with child(Settings(address, "b", MEMORY, str(others), "", KERNEL, SPEED, LIMITS)) as worker:
+        for more, ranks in ((["--ranks", "2"], "head, local-1"), (["--devices", "1", "--control", address], "head, b")):
+            with subprocess.Popen(
+                [sys.executable, "-m", "fedge", "llm", *words, "--store", str(tmp_path / "head"), *more],
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            ) as server:
+                said = []
+                while "serving" not in (said or [""])[-1]:
+                    said.append(server.stderr.readline())
+                    assert said[-1], "".join(said)
+                assert ranks in "".join(said)
+                line = http.client.HTTPConnection(said[-1].split("/")[-2], timeout=20)
+                line.request("GET", "/health")  # the line that says "serving" comes a moment before
+                assert line.getresponse().status == 200
+                line.close()
+                os.killpg(server.pid, how)
+                rest = server.stderr.read()
+                assert server.wait(30) == code
+            assert "Traceback" not in rest
+            assert "lost" not in rest
+        assert worker.poll() is None
 
 
 @pytest.mark.slow

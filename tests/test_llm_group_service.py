@@ -3,6 +3,7 @@
 import contextlib
 import secrets
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from fedge.edge.llm.group import device
 from fedge.edge.llm.group import group as groups
 from fedge.edge.llm.group.division import HOPED, Division, everyone, planned
 from fedge.edge.llm.group.messages import PROTOCOL, Offer
+from fedge.edge.llm.group.roster import Roster
 from fedge.edge.llm.group.service import SERVICE
 from fedge.edge.llm.mesh import security
 from fedge.edge.llm.mesh.control import TOKEN
@@ -76,7 +78,7 @@ def test_two_workers_answer_like_one_rank(model, tmp_path):
         until(lambda: all(one.private_bytes > 1 << 20 for one in group.devices()))
         assert any("computing" in one for one in a.states)
         group.close()
-        until(lambda: "waiting for the head" in a.states)
+        until(lambda: any(one.startswith("waiting for the head") for one in a.states))
         assert any("dismissed: The head has ended" in one for one in a.states)
 
 
@@ -131,6 +133,7 @@ def test_a_group_over_tls_lets_in_who_has_the_ticket(model, tmp_path):
             assert greedy(group.form(10)) == answer
             assert [one.name for one in group.devices()] == ["a"]
         assert wrong.error is None
+        assert any("waiting for the head (" in one for one in wrong.states)
         assert not any("waiting for work" in one for one in wrong.states)
 
 
@@ -517,6 +520,137 @@ def test_devices_whose_links_turn_out_too_slow_are_left_out(model, tmp_path):
         assert [one.detail for one in group.devices()] == ["The others are faster without it."]
         assert not group.better()
     assert links[-1].rtt_s > 0
+
+
+def only_the_head_unless_hoped(config, kind, offers, link, kv_tokens):
+    """A plan of one for a link that was measured, and of all who are there for one that was not."""
+    many = len(offers) if link == HOPED else 1
+    return Division(tuple(one.name for one in offers[:many]), even(config, many), 1.0 / many)
+
+
+def test_a_link_that_was_measured_long_ago_is_measured_again(model, tmp_path):
+    limits = replace(LIMITS, useless_s=1.0)
+    settings = {"divide": only_the_head_unless_hoped, "wanted": 1, "limits": limits}
+    with head(model, tmp_path / "head", **settings) as group, Worker(group.address, tmp_path / "a"):
+        group.form(10)
+        assert group.names == ("head",)
+        until(group.better)
+        group.improve()
+        assert group.epoch == 4
+
+
+def test_a_link_to_a_device_that_is_gone_says_nothing_of_others(model, tmp_path):
+    with head(model, tmp_path / "head", divide=only_the_head_unless_hoped, wanted=1) as group:
+        with Worker(group.address, tmp_path / "a", "a"):
+            group.form(10)
+            with Worker(group.address, tmp_path / "b", "b"):
+                until(lambda: len(group.devices()) == 2)
+                assert not group.better()
+        with Worker(group.address, tmp_path / "c", "c"):
+            until(group.better)
+
+
+@pytest.mark.parametrize("collective", ["full", "doubling"])
+def test_links_are_measured_also_where_the_way_to_add_up_is_named(model, tmp_path, collective):
+    links = []
+
+    def divide(config, kind, offers, link, kv_tokens):
+        links.append(link)
+        return everyone(config, kind, offers, link, kv_tokens)
+
+    settings = {"divide": divide, "wanted": 1, "collective": collective}
+    with head(model, tmp_path / "head", **settings) as group, Worker(group.address, tmp_path / "a"):
+        group.form(10)
+        assert group.names == ("head", "a")
+    assert links[0] == HOPED
+    assert links[-1] != HOPED
+
+
+def test_a_device_that_rests_is_used_where_nothing_works_without_it(model, tmp_path, monkeypatch):
+    """Also one that is slow to notice the end of its last group."""
+    answer, release, report = alone(model, tmp_path / "alone"), threading.Event(), Roster.report
+
+    def divide(config, kind, offers, link, kv_tokens):
+        if len(offers) < 2:
+            raise ModelError("No device has the memory.")
+        return Division(tuple(one.name for one in offers[:2]), even(config, 2), 1.0)
+
+    with head(model, tmp_path / "head", divide=divide) as group, contextlib.ExitStack() as there:
+        a, _ = (there.enter_context(Worker(group.address, tmp_path / name, name)) for name in "ab")
+        until(lambda: len(group.devices()) == 2)
+        roster = group._roster
+        roster.rest("b", "The others are faster without it.", 600.0)
+        group.form(10)
+        assert group.names == ("head", "a")
+        a.end()
+        until(lambda: [one.name for one in group.devices()] == ["b"])
+        assert greedy(group.recover()) == answer
+        assert group.names == ("head", "b")
+        slow = threading.Timer(LIMITS.settle_s + 0.5, release.set)
+        monkeypatch.setattr(roster, "report", lambda seat, told: release.wait(10) and report(roster, seat, told))
+        slow.start()
+        assert greedy(group.recover()) == answer
+        assert group.names == ("head", "b")
+
+
+def test_what_was_loaded_for_an_epoch_that_does_not_begin_is_given_back(model, tmp_path):
+    """One of two devices fails, and the head goes on alone."""
+    small = replace(LIMITS, max_store_bytes=1000)
+
+    def divide(config, kind, offers, link, kv_tokens):
+        many = len(offers) if len(offers) == 3 else 1
+        return Division(tuple(one.name for one in offers[:many]), even(config, many), 1.0)
+
+    with (
+        head(model, tmp_path / "head", wanted=2, divide=divide) as group,
+        Worker(group.address, tmp_path / "a", "a") as first,
+        Worker(group.address, tmp_path / "b", "b", limits=small),
+    ):
+        group.form(10)
+        assert group.names == ("head",)
+        until(lambda: first.states[-1] == "waiting for work")
+        until(lambda: not any(one.name.startswith("fedge-epoch") for one in threading.enumerate()))
+
+
+def test_cutting_takes_nothing_from_the_time_to_load(model, tmp_path, monkeypatch):
+    make = groups.Cuts.make
+    monkeypatch.setattr(groups.Cuts, "make", lambda self, shares: time.sleep(1.5) or make(self, shares))
+    with (
+        head(model, tmp_path / "head", wanted=1, limits=replace(LIMITS, load_timeout_s=1.0)) as group,
+        Worker(group.address, tmp_path / "a"),
+    ):
+        until(group.devices)
+        group.form(0.1)
+        assert group.names == ("head", "a")
+
+
+def test_a_kernel_that_depends_on_company_is_refused_where_none_shall(model, tmp_path):
+    with (
+        head(model, tmp_path / "head", invariant=True, kernel=KERNEL) as group,
+        pytest.raises(ExperimentError, match=r"numpy-float32 computes .* name another kernel"),
+    ):
+        group.form(5)
+    with (
+        head(model, tmp_path / "other", invariant=True, kernel="numpy-rows-float32", wanted=1) as group,
+        Worker(group.address, tmp_path / "a"),
+    ):
+        group.form(10)
+        assert group.names == ("head",)
+        assert "name another kernel" in group.devices()[0].detail
+
+
+def test_a_worker_says_why_it_waits(model, tmp_path):
+    with Worker("127.0.0.1:1", tmp_path / "a") as worker:
+        until(lambda: any("waiting for the head (UNAVAILABLE" in one for one in worker.states))
+    assert len(worker.states) == len(set(worker.states))
+
+
+def test_other_files_in_a_workers_folder_are_no_fault(model, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"of somebody else")
+    with head(model, tmp_path / "head", wanted=1) as group, Worker(group.address, tmp_path / "a"):
+        group.form(10)
+        assert group.names == ("head", "a")
 
 
 def test_memory_and_names_reach_the_plan(model, tmp_path):

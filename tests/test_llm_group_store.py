@@ -1,5 +1,6 @@
 """Shards on disk: cut once by the head, fetched whole by a worker whatever happens on the way."""
 
+import fcntl
 import hashlib
 import threading
 from dataclasses import replace
@@ -76,14 +77,14 @@ def test_a_shard_is_fetched_once(store):
     assert path.read_bytes() == DATA
     assert fetch(store, source) == path
     assert source.offsets == [0]
-    assert store.digests() == [DIGEST]
+    assert store.whole(DIGEST) == path
 
 
 def test_fetching_goes_on_where_it_was_cut_also_in_another_process(store):
     source = Source(cuts=[2, 1, 0])
     with pytest.raises(ModelError, match="could not be fetched"):
         fetch(store, source)
-    assert store.digests() == []
+    assert store.whole(DIGEST) is None
     store.close()
     again = Store(store.root, LIMITS)
     assert fetch(again, source).read_bytes() == DATA
@@ -127,7 +128,7 @@ def test_the_oldest_make_room_and_what_never_fits_is_refused(store):
         data = bytes([number]) * 4000
         digest = hashlib.sha256(data).hexdigest()
         download(store, Source(data), digest, len(data), threading.Event(), LIMITS)
-    assert len(store.digests()) == 2
+    assert len(list(store.root.glob("*.safetensors"))) == 2
     assert store.whole(digest) is not None
     with pytest.raises(ModelError, match="allow more"):
         store.fetch(DIGEST, 10_001, [])
@@ -188,6 +189,33 @@ def test_divisions_that_were_not_used_for_long_make_room(tmp_path):
         cuts.make(even(model.config, 3))
     assert cuts.find(first[0].digest) is None
     assert len(list((tmp_path / "b").glob("cut-*"))) < 3
+
+
+def test_what_another_head_serves_is_not_removed(tmp_path):
+    with open_folder(folder(tmp_path)) as model:
+        small = replace(LlmLimits(), max_store_bytes=1)
+        one, other = (Cuts(model, "int8", tmp_path / "cuts", small) for _ in range(2))
+        first = one.make(even(model.config, 1))
+        second = other.make(even(model.config, 2))
+        assert first[0].path.exists()
+        one.close()
+        other.make(even(model.config, 3))
+        assert not first[0].path.exists()
+        assert not second[0].path.exists()
+
+
+def test_one_head_cuts_at_a_time(tmp_path):
+    with open_folder(folder(tmp_path)) as model, (tmp_path / "cutting.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cuts, made = Cuts(model, "int8", tmp_path, LlmLimits()), []
+        waiting = threading.Thread(target=lambda: made.extend(cuts.make(even(model.config, 1))))
+        waiting.start()
+        waiting.join(0.5)
+        assert not made
+        assert not list(tmp_path.glob("cut-*"))
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        waiting.join(20)
+        assert made[0].path.exists()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedge.core.errors import AddressError, ExperimentError
+from fedge.core.errors import AddressError, ExperimentError, ModelError, RankLost
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm.api.http import app
 from fedge.edge.llm.api.http_server import Server
@@ -42,13 +42,13 @@ def client(live):
 class Slow:
     """A model that takes its time; it fails in the passes that `fails` names."""
 
-    def __init__(self, model, pause_s=0.004, fails=()):
-        self.model, self.pause_s, self.fails, self.passes = model, pause_s, fails, 0
+    def __init__(self, model, pause_s=0.004, fails=(), error=ZeroDivisionError("secret path")):
+        self.model, self.pause_s, self.fails, self.passes, self.error = model, pause_s, fails, 0, error
 
     def run(self, step, tokens, rows):
         self.passes += 1
         if self.passes in self.fails:
-            raise ZeroDivisionError("secret path")
+            raise self.error
         time.sleep(self.pause_s)
         return self.model.run(step, tokens, rows)
 
@@ -503,6 +503,29 @@ def test_a_failure_reaches_the_client_whole_and_in_the_middle_of_a_stream(tmp_pa
         line.request("POST", "/v1/completions", body, JSON)
         assert line.getresponse().read().endswith(b"data: [DONE]\n\n")
         line.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (ModelError("/home/me/secret cannot be read; free some space."), 500, "model_failed"),
+        (ExperimentError("The folder /home/me/secret cannot be used."), 500, "model_failed"),
+        (RankLost("b has not loaded its shard (/home/me/secret is full).", 1), 503, "unavailable"),
+        (AddressError("/home/me/secret"), 503, "unavailable"),
+    ],
+)
+def test_a_request_that_fails_says_whether_to_come_again_and_no_path(tmp_path, error, status, code):
+    with served(tmp_path, wrap=lambda model: Slow(model, 0, fails=(1, 2), error=error)) as live:
+        asked = {"model": NAME, "prompt": "a", "max_tokens": 9}
+        got, _, answer = call(live, "POST", "/v1/completions", json.dumps(asked))
+        assert (got, answer["error"]["code"]) == (status, code)
+        assert "secret" not in str(answer)
+        line = http.client.HTTPConnection(live.address, timeout=20)
+        line.request("POST", "/v1/completions", json.dumps(asked | {"stream": True}), JSON)
+        stream = line.getresponse().read()
+        line.close()
+        assert code.encode() in stream
+        assert b"secret" not in stream
 
 
 def test_too_many_are_told_to_come_again(tmp_path):

@@ -79,7 +79,7 @@ def test_what_there_is_not_is_refused_and_nothing_changes(step: Step) -> None:
     cache.begin(Step((Part(0, 0, 3),)))
     cache.entries[0][0][:] = 7
     with pytest.raises(RankLost, match="slot|position"):
-        cache.begin(step)
+        cache.check(step)
     assert cache.lengths == [3, 0]
     assert (cache.entries[0][0] == 7).all()
 
@@ -87,6 +87,7 @@ def test_what_there_is_not_is_refused_and_nothing_changes(step: Step) -> None:
 def test_the_last_position_and_going_back_are_allowed() -> None:
     cache = KVCache(1, 1, 2, slots=1, context=8)
     for part in (Part(0, 0, 3), Part(0, 3, 5), Part(0, 7, 1), Part(0, 2, 2), Part(0, 4, 4), Part(0, 0, 8)):
+        cache.check(Step((part,)))
         cache.begin(Step((part,)))
         assert cache.lengths == [part.start + part.count]
 

@@ -96,7 +96,7 @@ def test_what_one_machine_cannot_hold_ends_with_a_sentence_until_another_is_back
         ticket = serve(laptop, model, tmp_path, both, window=SMALL_WINDOW, devices=1)
         join(phone, laptop, ticket, window=SMALL_WINDOW)
         until(lambda: "serving" in laptop.said, FORM_S, lambda: everything(both))
-        with pytest.raises(AssertionError, match="bytes of memory|hold the model|allow"):
+        with pytest.raises(AssertionError, match="cannot hold"):
             complete(laptop, lambda chunks: phone.kill() if chunks == 3 else None, prompt=PROMPT, max_tokens=TOKENS)
         began = time.monotonic()
         with pytest.raises(AssertionError, match="model_failed"):

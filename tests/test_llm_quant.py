@@ -75,10 +75,13 @@ def test_zeros_and_the_smallest_numbers_are_safe(kind):
     assert back[2, 7] == pytest.approx(weight[2, 7], rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_are_refused(kind, value):
-    weight = normal(3, 50)
+    weight, bias = normal(3, 50), np.ones(3, np.float32)
+    bias[2] = value
+    with pytest.raises(ModelError, match="not finite"):
+        quantise(weight, kind, bias)
     weight[1, 40] = value
     with pytest.raises(ModelError, match="not finite"):
         quantise(weight, kind)

@@ -285,3 +285,12 @@ def test_missing_files_and_unusable_folders_are_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ExperimentError, match="another folder"):
         make_ticket(tmp_path / "file" / "below")
+
+
+def test_a_certificate_that_is_none_keeps_its_rank_out_with_a_sentence() -> None:
+    own = identity()
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    tls = Tls(*own, ("no certificate", own[0]))
+    with listener, pytest.raises(RankLost, match="A certificate cannot be used"):
+        connect(1, 2, [address, address], SESSION, 1, listener=listener, limits=SHORT, tls=tls)

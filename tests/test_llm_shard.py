@@ -13,14 +13,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from fedge.core.errors import DataError, ExperimentError, ModelError
-from fedge.edge.llm.models.folder import open_folder
+from fedge.edge.llm.models.folder import EMBEDDING, SINGLE, open_folder
 from fedge.edge.llm.shards import export as exporting
 from fedge.edge.llm.shards.about import fault
 from fedge.edge.llm.shards.layout import PAGE
 from fedge.edge.llm.shards.quant import KINDS, Matrix, quantise
 from fedge.edge.llm.shards.shard import digest, export, open_shard
 from fedge.edge.llm.shards.shares import Share, bytes_of, even
-from tests.llm_fixture import folder
+from tests.llm_fixture import folder, write
 
 UNEVEN = (Share((0, 1), (0, 96)), Share((1, 1), (96, 96)), Share((1, 2), (96, 100)))
 MODELS = {
@@ -214,6 +214,40 @@ def test_an_export_that_fails_leaves_what_was_there(tmp_path):
         export(opened, first.path, first.shares, "int8")
 
 
+def test_two_exports_of_one_file_do_not_meet(tmp_path):
+    opened, (first, *_) = cut(tmp_path)
+    before = digest(first.path)
+    told = []
+
+    def again(done, total):
+        if not told:
+            told.append(done)
+            export(opened, tmp_path / "out", first.shares, "int8")
+
+    export(opened, tmp_path / "out", first.shares, "int8", progress=again)
+    assert digest(first.path) == before
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        EMBEDDING,
+        "model.norm.weight",
+        *(f"model.layers.1.self_attn.{name}" for name in ("o_proj.weight", "q_proj.bias")),
+    ],
+)
+def test_numbers_that_are_not_finite_are_not_cut(tmp_path, kind, name):
+    path = folder(tmp_path, "qwen2")
+    tensors = {key: value.copy() for key, value in load_file(path / SINGLE).items()}
+    tensors[name].flat[-1] = np.nan
+    write(path / SINGLE, tensors)
+    with open_folder(path) as opened, pytest.raises(ModelError, match="not finite"):
+        export(opened, tmp_path / "out", even(opened.config, 1), kind)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_an_export_has_a_slab_in_memory_and_not_a_tensor(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "_SLAB_BYTES", 1 << 16)
     opened = open_folder(folder(tmp_path, hidden=256, ffn=2048, layers=1, vocab=512))
@@ -283,6 +317,8 @@ def test_a_header_that_only_looks_different_is_accepted(raw, tmp_path_factory):
     assert refused(tmp_path_factory, with_header(raw, lambda header, facts: None)) is not None
 
 
+YARN = {"kind": "yarn", "factor": 2.0, "original_context": 64, "beta_fast": 32.0, "beta_slow": 1.0}
+YARN |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CHANGES = {
     "format": lambda header, facts: facts.update(format=2),
     "kind": lambda header, facts: facts.update(kind="int8"),
@@ -302,6 +338,12 @@ CHANGES = {
     "eps": lambda header, facts: facts["config"].update(eps=-1.0),
     "tokens": lambda header, facts: facts["config"].update(eos=[100]),
     "rope": lambda header, facts: facts["config"]["rope"].update(kind="other"),
+    "rope turns": lambda header, facts: facts["config"]["rope"].update(YARN, beta_fast=0.0),
+    "rope slow turns": lambda header, facts: facts["config"]["rope"].update(YARN, beta_slow=0.0),
+    "rope fast turns": lambda header, facts: facts["config"]["rope"].update(YARN, beta_fast=1e308),
+    "rope context": lambda header, facts: facts["config"]["rope"].update(YARN, original_context=1 << 25),
+    "rope bands": lambda header, facts: facts["config"]["rope"].update(YARN, kind="llama3", high_freq_factor=1.0),
+    "rope factor": lambda header, facts: facts["config"]["rope"].update(attention_factor=0.0),
     "rope base": lambda header, facts: facts["config"]["rope"].update(theta=0.5),
     "family": lambda header, facts: facts["config"].update(family="gpt2"),
     "embedding": lambda header, facts: facts.update(embedding=""),

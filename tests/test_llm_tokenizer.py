@@ -50,6 +50,10 @@ def streamed(tokenizer: Tokenizer, ids: list[int], start: bool = True) -> list[s
     return [*map(stream.push, ids), stream.flush()]
 
 
+def written(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return "".join(streamed(tokenizer, ids))
+
+
 # ---- Text and back ----------------------------------------------------------------------------------------------
 
 
@@ -57,12 +61,12 @@ def streamed(tokenizer: Tokenizer, ids: list[int], start: bool = True) -> list[s
 def test_text_comes_back_as_it_went(byte_level: Tokenizer, pieces: Tokenizer, text: str) -> None:
     for tokenizer in (byte_level, pieces):
         if not any(token in text for token in ("<s>", "</s>", "<unk>")):
-            assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " " if tokenizer is pieces else "▁")
+            assert written(tokenizer, tokenizer.encode(text)) == text.replace("▁", " " if tokenizer is pieces else "▁")
 
 
 @given(ids=st.lists(st.integers(0, 370), max_size=30))
 def test_byte_level_ids_read_as_the_library_reads_them(byte_level: Tokenizer, ids: list[int]) -> None:
-    assert byte_level.decode(ids) == byte_level._inner.decode(ids, skip_special_tokens=True)
+    assert written(byte_level, ids) == byte_level._inner.decode(ids, skip_special_tokens=True)
 
 
 LETTERS = st.sampled_from([[3 + byte for byte in letter.encode()] for letter in "é日🎉a "])
@@ -72,7 +76,7 @@ WORDS = st.one_of(st.sampled_from([0, 1, 2, *range(259, 270)]).map(lambda token:
 @given(parts=st.lists(WORDS, max_size=12))
 def test_sentencepiece_ids_read_as_the_library_reads_them(pieces: Tokenizer, parts: list[list[int]]) -> None:
     ids = [token for part in parts for token in part]
-    assert pieces.decode(ids) == pieces._inner.decode(ids, skip_special_tokens=True)
+    assert written(pieces, ids) == pieces._inner.decode(ids, skip_special_tokens=True)
 
 
 @given(ids=st.lists(st.integers(0, 370), max_size=30))
@@ -91,10 +95,10 @@ def test_a_stream_goes_on_where_the_prompt_ended(pieces: Tokenizer, byte_level: 
         for at, part in enumerate(parts := streamed(tokenizer, ids)):
             assert part.isprintable() or part in text, (at, parts)
         head = next(
-            (at for at in range(min(cut, len(ids)), len(ids)) if "\ufffd" not in tokenizer.decode(ids[:at])), None
+            (at for at in range(min(cut, len(ids)), len(ids)) if "\ufffd" not in written(tokenizer, ids[:at])), None
         )
         if head:
-            assert tokenizer.decode(ids[:head]) + "".join(streamed(tokenizer, ids[head:], start=False)) == text
+            assert written(tokenizer, ids[:head]) + "".join(streamed(tokenizer, ids[head:], start=False)) == text
 
 
 def test_the_last_byte_brings_the_character(pieces: Tokenizer) -> None:
@@ -109,7 +113,7 @@ def test_the_last_byte_brings_the_character(pieces: Tokenizer) -> None:
 def test_metaspace_tokenizers_are_read_too(tmp_path: Path) -> None:
     tokenizer = Tokenizer(sentencepiece(folder(tmp_path, vocab=300), metaspace=True))
     ids = tokenizer.encode("the cat é")
-    assert tokenizer.decode(ids) == tokenizer._inner.decode(ids) == "the cat é"
+    assert written(tokenizer, ids) == tokenizer._inner.decode(ids) == "the cat é"
 
 
 def test_added_tokens_of_any_letters_are_read(tmp_path: Path) -> None:
@@ -117,7 +121,18 @@ def test_added_tokens_of_any_letters_are_read(tmp_path: Path) -> None:
     inner = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     inner.add_tokens([AddedToken("<日 b>", normalized=False, special=False)])
     inner.save(str(path / "tokenizer.json"))
-    assert Tokenizer(path).decode([400]) == inner.decode([400]) == "<日 b>"
+    assert written(Tokenizer(path), [400]) == inner.decode([400]) == "<日 b>"
+
+
+@pytest.mark.parametrize("token", ["<0xZZ>", "<0x 1>", "<0x  >"])
+def test_a_token_that_only_looks_like_a_byte_is_text(tmp_path: Path, token: str) -> None:
+    path = sentencepiece(folder(tmp_path, vocab=300))
+    inner = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    inner.add_tokens([AddedToken(token, normalized=False, special=False)])
+    inner.save(str(path / "tokenizer.json"))
+    tokenizer = Tokenizer(path)
+    assert tokenizer.bytes_of(inner.token_to_id(token)) == token.encode()
+    assert tokenizer.bytes_of(inner.token_to_id("<0xC3>")) == b"\xc3"
 
 
 def test_ends_come_from_all_files(tmp_path: Path) -> None:
@@ -139,7 +154,7 @@ def test_a_files_truncation_and_padding_do_not_count(tmp_path: Path) -> None:
     inner.enable_truncation(4)
     inner.enable_padding(length=4)
     inner.save(str(path / "tokenizer.json"))
-    assert Tokenizer(path).decode(Tokenizer(path).encode("longer than four")) == "longer than four"
+    assert written(Tokenizer(path), Tokenizer(path).encode("longer than four")) == "longer than four"
     assert len(Tokenizer(path).encode("x")) == 1
 
 
@@ -177,6 +192,24 @@ def test_text_that_the_model_cannot_read_is_refused(tmp_path: Path) -> None:
         tokenizer.encode("\ud800")
 
 
+def test_a_library_that_panics_is_refused(pieces: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """As pyo3's."""
+
+    class Inner:
+        raised: type[BaseException] = PanicException
+
+        def encode(self, *_: object, **__: object) -> None:
+            raise self.raised("index out of bounds")
+
+    monkeypatch.setattr(pieces, "_inner", Inner())
+    with pytest.raises(DataError, match="index out of bounds"):
+        pieces.encode("a")
+    monkeypatch.setattr(Inner, "raised", KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pieces.encode("a")
+
+
 # ---- Templates ---------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +227,7 @@ def test_chat_renders_the_folders_template(tmp_path: Path) -> None:
 
 def test_a_model_without_template_says_to_use_completions(tmp_path: Path) -> None:
     tokenizer = Tokenizer(folder(tmp_path, template=None))
-    assert tokenizer.decode(tokenizer.encode("text works")) == "text works"
+    assert written(tokenizer, tokenizer.encode("text works")) == "text works"
     with pytest.raises(ModelError, match="no chat template.*use completions"):
         tokenizer.chat(CHAT)
 
@@ -236,7 +269,6 @@ def test_a_template_may_refuse_messages() -> None:
         # Without end, without a word written.
         "{% set r = range(9999) | list %}" + "{% for a in r %}" * 4 + "{% endfor %}" * 4,
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-        "{% for a in [1, 2] recursive %}{% if loop.depth < 60 %}{{ loop([1, 2]) }}{% endif %}{% endfor %}",
     ],
 )
 def test_hostile_templates_fail_and_leave_the_next_one_alone(source: str) -> None:
@@ -255,7 +287,14 @@ def test_a_template_that_writes_too_much_is_stopped() -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["{% if %}", "{{ " + "(" * 50_000, "{% for a in b %}" * 60 + "{% endfor %}" * 60, "x" * (5 << 20)]
+    "source",
+    [
+        "{% if %}",
+        "{{ " + "(" * 50_000,
+        "{% for a in b %}" * 60 + "{% endfor %}" * 60,
+        "x" * (5 << 20),
+        "{% for a in [1] recursive %}{% if loop.depth < 4 %}{{ loop(range(100000)) }}{% endif %}{% endfor %}",
+    ],
 )
 def test_templates_that_do_not_compile_are_refused(source: str) -> None:
     with pytest.raises(ModelError, match="use completions"):

@@ -1,5 +1,8 @@
 """Windows: every block comes with the right bytes in any order, within the budget; faults are told, not waited on."""
 
+import ctypes
+import errno
+import mmap
 import os
 import subprocess
 import sys
@@ -21,10 +24,11 @@ from fedge.edge.llm.compute.cgroup import room_bytes
 from fedge.edge.llm.compute.kernels import KERNELS
 from fedge.edge.llm.compute.resident import Resident
 from fedge.edge.llm.compute.window import Window, pinned
+from fedge.edge.llm.models import advice
 from fedge.edge.llm.models.folder import open_folder
 from fedge.edge.llm.shards.layout import BlockSpec
 from fedge.edge.llm.shards.quant import KINDS
-from fedge.edge.llm.shards.shard import export, open_shard
+from fedge.edge.llm.shards.shard import export, open_shard, state_of
 from fedge.edge.llm.shards.shares import even
 from tests.llm_fixture import folder
 
@@ -38,6 +42,9 @@ class Bytes:
 
     path: Path
     blocks: tuple[BlockSpec, ...]
+    mapped: memoryview
+    state: tuple[int, ...]
+    ranks: int = 1
 
     def view(self, block: BlockSpec, buffer: Array) -> dict[str, Array]:
         return {"all": buffer[: block.bytes]}
@@ -50,7 +57,9 @@ def file_of(path, sizes, seed=0):
         blocks.append(BlockSpec(index, index // 2, "attn", at, size * PAGE))
         at += size * PAGE
     path.write_bytes(np.random.default_rng(seed).integers(0, 256, at, np.uint8).tobytes())
-    return Bytes(path, tuple(blocks))
+    with path.open("rb") as file:
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return Bytes(path, tuple(blocks), mapped, state_of(file.fileno()))
 
 
 def use(window, indices):
@@ -81,7 +90,6 @@ def test_every_take_has_the_right_bytes(tmp_path_factory, sizes, extra, passes, 
     whole = np.fromfile(shard.path, np.uint8)
     window = Window(shard, STREAMING["int8"], (least(sizes) + extra) * PAGE, direct)
     try:
-        assert window.resident_bytes <= (least(sizes) + extra) * PAGE
         for _ in range(passes):
             for block in shard.blocks:
                 if block.index in left_out:
@@ -125,7 +133,9 @@ def test_windowed_results_are_the_resident_ones_to_the_bit(shards, kind):
     shard, kernel = shards[kind], STREAMING[kind]
     resident = Resident(shard, kernel)
     sizes = [block.bytes for block in shard.blocks]
-    window = Window(shard, kernel, least(sizes) + min(sizes))
+    budget = least(sizes) + min(sizes)
+    assert 0 < len(pinned(sizes, budget)) < len(sizes)
+    window = Window(shard, kernel, budget)
     try:
         for block in [*shard.blocks, *shard.blocks]:
             wanted, found = resident.take(block.index), window.take(block.index)
@@ -138,7 +148,6 @@ def test_windowed_results_are_the_resident_ones_to_the_bit(shards, kind):
                 else:
                     assert np.array_equal(one, wanted[name])
             window.release(block.index)
-        assert 0 < window.stats["pinned"] < window.stats["blocks"]
     finally:
         window.close()
         resident.close()
@@ -151,25 +160,24 @@ def test_resident_kernels_that_copy_outlive_the_pages(shards, name):
     x = np.random.default_rng(0).standard_normal((2, 64), np.float32)
     y, wanted = (one.take(len(shard.blocks) - 1)["head"](x) for one in (resident, plain))
     assert np.abs(y - wanted).max() < 0.05 * np.abs(wanted).max()
-    assert resident.resident_bytes == sum(block.bytes for block in shard.blocks)
     resident.close()
     resident.close()
     plain.close()
 
 
 def cached(path, first, last):
-    """Whether any whole page of these bytes lies in the system's cache; Linux says so."""
-    with path.open("rb") as file:
-        for at in range(first, last, PAGE):
-            try:
-                os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT)
-            except BlockingIOError:
-                continue
-            return True
-    return False
+    """Whether any page of these bytes lies in the system's cache; asked without reading, which would bring it."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        whole = np.frombuffer(mapped, np.uint8)
+        begin, size = advice.outward(first, last - first)
+        there = np.zeros(size // mmap.PAGESIZE, np.uint8)
+        at, size = ctypes.c_void_p(whole.ctypes.data + begin), ctypes.c_size_t(min(size, len(mapped) - begin))
+        assert ctypes.CDLL(None).mincore(at, size, ctypes.c_void_p(there.ctypes.data)) == 0
+        del whole
+    return bool((there & 1).any())
 
 
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="only Linux tells what its cache holds")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells what its cache holds")
 def test_what_was_copied_leaves_the_cache(tmp_path):
     opened = open_folder(folder(tmp_path, hidden=128, ffn=512, vocab=600))
     path = export(opened, tmp_path / "out", even(opened.config, 1), "int8")[0]
@@ -203,7 +211,7 @@ whole.close()
 before = resident()
 whole = Resident(shard, kernel)
 since = resident().since(before)
-print((since.private + since.mapped) / whole.resident_bytes)
+print((since.private + since.mapped) / sum(block.bytes for block in shard.blocks))
 """
 
 
@@ -220,18 +228,23 @@ def test_a_kernel_that_copies_has_no_window(shards):
         Window(shards["int8"], KERNELS["onnx-int8"], 1 << 30)
 
 
-def test_it_reads_ahead_into_the_next_pass(tmp_path):
+def test_it_reads_ahead_into_the_next_pass(tmp_path, monkeypatch):
     shard = file_of(tmp_path / "file", [1, 1, 1, 1])
-    window = Window(shard, STREAMING["int8"], 2 * PAGE)
+    came = []
+    read = blockfile.BlockFile.read
+    monkeypatch.setattr(
+        blockfile.BlockFile, "read", lambda self, block, buffer: (read(self, block, buffer), came.append(block.index))
+    )
+    window = Window(shard, STREAMING["int8"], 2 * PAGE, False)
     try:
         for block in shard.blocks:
             window.take(block.index)
             window.release(block.index)
         deadline = time.monotonic() + 5
-        while window.stats["read_bytes"] < 6 * PAGE and time.monotonic() < deadline:
+        while len(came) < 6 and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.02)
-        assert window.stats["read_bytes"] == 6 * PAGE  # two more than were taken: the buffers are full
+        assert came == [0, 1, 2, 3, 0, 1]  # two more than were taken: the buffers are full
     finally:
         window.close()
 
@@ -272,8 +285,8 @@ def overwritten(path):
 
 
 @pytest.mark.parametrize(
-    ("harm", "direct"),  # pages that are lent and then cut off cannot be told: the system kills who reads them
-    [(truncated, True), (truncated, False), (overwritten, True), (overwritten, False), (overwritten, None)],
+    ("harm", "direct"),  # who reads pages that are lent and then cut off before the next read is killed by the system
+    [(harm, direct) for harm in (truncated, overwritten) for direct in (True, False, None)],
 )
 def test_a_file_that_changes_while_in_use_is_told(tmp_path, harm, direct):
     shard = file_of(tmp_path / "file", [1] * 8)
@@ -336,32 +349,200 @@ def test_closing_ends_the_thread_and_whoever_waits(tmp_path):
 def test_without_room_reads_go_past_the_cache(tmp_path, monkeypatch):
     shard = file_of(tmp_path / "file", [64] * 2)
     monkeypatch.setattr(blockfile, "room_bytes", lambda: 128 * PAGE)  # the file has one page more
-    file = blockfile.open_blocks(shard.path, shard.blocks[0], 0, None)
-    refused = blockfile.open_blocks(shard.path, shard.blocks[0], 0, False)
+    file = blockfile.open_blocks(shard, shard.blocks[0], 0, None)
+    refused = blockfile.open_blocks(shard, shard.blocks[0], 0, False)
     assert (file.direct, refused.direct, refused.keep) == (True, False, False)
     monkeypatch.setattr(blockfile, "room_bytes", lambda: 140 * PAGE)
-    assert not blockfile.open_blocks(shard.path, shard.blocks[0], 20 * PAGE, False).keep
-    assert blockfile.open_blocks(shard.path, shard.blocks[0], 2 * PAGE, False).keep
+    assert not blockfile.open_blocks(shard, shard.blocks[0], 20 * PAGE, False).keep
+    assert blockfile.open_blocks(shard, shard.blocks[0], 2 * PAGE, False).keep
+
+
+def test_room_must_be_there_for_the_files_of_all_ranks(tmp_path, monkeypatch):
+    shard = replace(file_of(tmp_path / "file", [64] * 2), ranks=4)
+    monkeypatch.setattr(blockfile, "room_bytes", lambda: 4 * 129 * PAGE)
+    assert isinstance(blockfile.open_blocks(shard, shard.blocks[0], 0, None), blockfile.BlockFile)
+    monkeypatch.setattr(blockfile, "room_bytes", lambda: 4 * 129 * PAGE + 1)
+    assert isinstance(blockfile.open_blocks(shard, shard.blocks[0], 0, None), blockfile.Lent)
 
 
 def test_with_room_for_the_file_the_caches_pages_are_lent(tmp_path, monkeypatch):
     shard = file_of(tmp_path / "file", [64] * 2)
     monkeypatch.setattr(blockfile, "room_bytes", lambda: 140 * PAGE)
-    lent, buffer = blockfile.open_blocks(shard.path, shard.blocks[0], 0, None), blockfile.pages(PAGE)
+    lent, buffer = blockfile.open_blocks(shard, shard.blocks[0], 0, None), blockfile.pages(PAGE)
     lent.read(shard.blocks[1], buffer)
     assert np.array_equal(lent.place(shard.blocks[1], buffer), np.fromfile(shard.path, np.uint8)[-64 * PAGE :])
     assert not buffer.any()
-    monkeypatch.setattr(blockfile, "_POPULATE_READ", 9999)  # an older system
-    refused = blockfile.open_blocks(shard.path, shard.blocks[0], 0, None)
+    monkeypatch.setattr(advice, "_POPULATE_READ", 9999)  # an older system
+    refused = blockfile.open_blocks(shard, shard.blocks[0], 0, None)
     assert isinstance(refused, blockfile.BlockFile)
     assert refused.keep
+
+
+def lending(shard, budget, monkeypatch):
+    """A window that lends, whatever memory there is."""
+    monkeypatch.setattr(blockfile, "room_bytes", lambda: float("inf"))
+    return Window(shard, STREAMING["int8"], budget)
+
+
+def test_pages_larger_than_a_shards_are_asked_for_as_wholes(tmp_path, monkeypatch):
+    shard, page, asked = file_of(tmp_path / "file", [1, 6, 3]), 16384, []
+    base = np.frombuffer(shard.mapped, np.uint8).ctypes.data
+    monkeypatch.setattr(advice, "PAGE", page)
+    monkeypatch.setattr(advice, "_madvise", lambda: lambda at, size, what: asked.append((at - base, size, what)))
+    file = blockfile.open_blocks(shard, shard.blocks[0], 0, None)
+    assert isinstance(file, blockfile.Lent)
+    file.read(shard.blocks[1], blockfile.pages(6 * PAGE))  # pages 2 to 7 of 4096, 0 and 1 of the system's
+    file.drop(shard.blocks[2])  # 8 to 10; the last page of the system's goes beyond the file
+    assert asked[1:] == [(0, 2 * page, 22), (2 * page, 3 * PAGE, mmap.MADV_DONTNEED)]
+    assert not any(at % page for at, _, _ in asked)
+
+
+def test_a_kernel_that_copies_starts_where_pages_are_larger(shards, monkeypatch):
+    shard, page, asked = shards["int8"], 16384, []
+    base = np.frombuffer(shard.mapped, np.uint8).ctypes.data
+    monkeypatch.setattr(advice, "PAGE", page)
+    monkeypatch.setattr(advice, "_madvise", lambda: lambda at, size, what: asked.append((at - base, size)))
+    told = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, at, size, what: told.append((at, size)))
+    Resident(shard, KERNELS["onnx-int8"]).close()
+    assert len(asked) == len(told) == len(shard.blocks)
+    assert not any(at % page for at, _ in (*asked, *told))
+    for block, (at, size) in zip(shard.blocks, asked):
+        assert at <= block.offset < block.offset + block.bytes <= at + size
+
+
+def test_rows_here_and_there_begin_after_the_page_of_the_block_before(tmp_path, monkeypatch):
+    shard, asked = file_of(tmp_path / "file", [3, 9]), []
+    base = np.frombuffer(shard.mapped, np.uint8).ctypes.data
+    monkeypatch.setattr(advice, "PAGE", 16384)
+    monkeypatch.setattr(advice, "_madvise", lambda: lambda at, size, what: asked.append((at - base, size, what)))
+    advice.scattered(shard.mapped, 5 * PAGE, 8 * PAGE)
+    advice.scattered(shard.mapped, 5 * PAGE, PAGE)  # within one page that is not its own
+    assert asked == [(8 * PAGE, 5 * PAGE, mmap.MADV_RANDOM)]
+
+
+def test_what_is_no_file_is_never_let_go():
+    room = np.ones(4 * mmap.PAGESIZE, np.uint8)
+    begin = -room.ctypes.data % mmap.PAGESIZE
+    mine = room[begin : begin + 2 * mmap.PAGESIZE]
+    advice.drop(memoryview(mine), 0, len(mine))
+    assert mine.all()
+
+
+def test_other_threads_run_while_pages_are_brought(tmp_path):
+    size = 128 << 20
+    with (tmp_path / "sparse").open("w+b") as file:
+        file.truncate(size)
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    ticks, over = [], threading.Event()
+
+    def tick():
+        while not over.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        begin = time.perf_counter()
+        advice.fetch(mapped, 0, size)
+        end = time.perf_counter()
+    finally:
+        over.set()
+        thread.join()
+    within = [begin, *(at for at in ticks if begin < at < end), end]
+    assert max(np.diff(within)) < 0.8 * (end - begin)  # with Python's own madvise nothing ticks in between
+
+
+def descriptors(path):
+    """Open descriptors of a file in this process; a map has one of its own."""
+    return [one for one in Path("/proc/self/fd").iterdir() if os.path.realpath(one) == str(path.resolve())]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="Linux tells what is open")
+@pytest.mark.parametrize("room", [0, float("inf")])
+def test_a_way_of_reading_that_is_refused_leaves_nothing_open(tmp_path, monkeypatch, room):
+    shard = file_of(tmp_path / "file", [4] * 2)
+    before = len(descriptors(shard.path))
+    monkeypatch.setattr(blockfile, "room_bytes", lambda: room)
+
+    def refuse(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", refuse)
+        patch.setattr(advice, "_madvise", lambda: None)
+        file = blockfile.open_blocks(shard, shard.blocks[0], 0, None)
+    assert isinstance(file, blockfile.BlockFile)
+    assert not file.direct
+    assert len(descriptors(shard.path)) == before + 1
+    file.close()
+    with pytest.raises(ModelError, match="allow this process more memory"):
+        blockfile.pages(1 << 60)
+
+
+def test_a_file_that_changes_while_its_pages_are_brought_is_told(tmp_path, monkeypatch):
+    shard = file_of(tmp_path / "file", [1] * 4)
+    monkeypatch.setattr(blockfile, "room_bytes", lambda: float("inf"))
+    lent = blockfile.open_blocks(shard, shard.blocks[0], 0, None)
+    monkeypatch.setattr(advice, "fetch", lambda *_: overwritten(shard.path))
+    with pytest.raises(ModelError, match="changed"):
+        lent.read(shard.blocks[0], blockfile.pages(PAGE))
+
+
+def test_what_stays_is_a_copy_that_no_change_of_the_file_reaches(tmp_path, monkeypatch):
+    shard = file_of(tmp_path / "file", [1] * 4)
+    whole = np.fromfile(shard.path, np.uint8)
+    window = lending(shard, 4 * PAGE, monkeypatch)
+    try:
+        assert isinstance(window._file, blockfile.Lent)
+        overwritten(shard.path)
+        for block in shard.blocks:
+            found = window.take(block.index)["all"]
+            assert np.array_equal(found, whole[block.offset : block.offset + PAGE])
+    finally:
+        window.close()
+
+
+def mapped_bytes(path):
+    """Of a file, those that lie in this process's memory by a map."""
+    found, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split()[0].endswith(":"):
+            here = line.endswith(str(path))
+        elif here and line.startswith("Rss:"):
+            found += int(line.split()[1]) << 10
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="Linux tells what is mapped")
+def test_a_closed_window_lends_no_pages_any_more(tmp_path, monkeypatch):
+    shard = file_of(tmp_path / "file", [64] * 4)
+    window = lending(shard, 2 * 64 * PAGE, monkeypatch)
+    held = window.take(0)["all"]
+    assert held.any()
+    assert mapped_bytes(shard.path) >= 64 * PAGE
+    window.close()
+    assert mapped_bytes(shard.path) == 0
+    assert len(descriptors(shard.path)) == 1  # the shard's own map
+
+
+@pytest.mark.parametrize("direct", [True, False, None])
+def test_a_file_that_is_another_than_the_shards_is_refused(tmp_path, direct):
+    shard = file_of(tmp_path / "file", [1] * 4)
+    file_of(tmp_path / "new", [1] * 4, seed=1)
+    (tmp_path / "new").replace(shard.path)
+    before = len(descriptors(shard.path))
+    with pytest.raises(ModelError, match="changed"):
+        Window(shard, STREAMING["int8"], 2 * PAGE, direct)
+    assert len(descriptors(shard.path)) == before
 
 
 def test_a_file_system_without_direct_reads_is_read_through_the_cache(tmp_path, monkeypatch):
     shard = file_of(tmp_path / "file", [4] * 2)
     monkeypatch.setattr(blockfile, "_DIRECT", 0)
     monkeypatch.setattr(blockfile, "room_bytes", lambda: 0)
-    assert not blockfile.open_blocks(shard.path, shard.blocks[0], 0, None).direct
+    assert not blockfile.open_blocks(shard, shard.blocks[0], 0, None).direct
     with pytest.raises(ModelError, match="choose buffered"):
         Window(shard, STREAMING["int8"], 32 * PAGE, True)
 
@@ -418,7 +599,7 @@ for _ in range(3):
         since = resident().since(before)
         most = max(most, since.private + since.mapped)
         window.release(block.index)
-print(sum(block.bytes for block in shard.blocks), window.resident_bytes, most)
+print(sum(block.bytes for block in shard.blocks), most)
 """
 
 
@@ -430,9 +611,8 @@ def test_weights_in_memory_stay_within_the_budget(tmp_path_factory, direct):
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, path, str(budget), str(direct)], capture_output=True, text=True, check=True
     )
-    total, promised, most = map(int, done.stdout.split())
+    total, most = map(int, done.stdout.split())
     assert total > 2 * budget
-    assert promised <= budget
     assert budget // 2 < most < budget + (2 << 20)
 
 

@@ -5,6 +5,7 @@ control characters: a terminal obeys them. Must never import what computes a mod
 """
 
 import http.client
+import io
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from fedge.core.errors import AddressError, ExperimentError, FedgeError, Overloaded
+from fedge.core.errors import AddressError, DataError, ExperimentError, FedgeError, Overloaded
 
 MAX_LINE_BYTES = 1 << 20  # of a stream, and of an error
 HELP = "/reset forgets the conversation, /quit ends it, Ctrl-C ends an answer."
@@ -122,7 +123,8 @@ class Client:
     def ask(self, messages: list[Message], answer: Answer, **settings: Any) -> Generator[str, None, None]:
         """The answer's text as it comes; `answer` holds what has come so far, also where this ends early.
 
-        Raises AddressError, Overloaded, or ExperimentError for what the server refuses.
+        Raises AddressError, Overloaded, ExperimentError for what the server refuses, or DataError for a text that is
+        no Unicode.
         """
         body = {"model": self.model(), "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
         started = time.monotonic()
@@ -137,7 +139,7 @@ class Client:
         """One request on its own connection; closing that tells the server to stop. Errors become fedge's."""
         kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
         line = kind(self._host, self._port, timeout=self._timeout_s)
-        data = None if body is None else msgspec.json.encode(body)
+        data = None if body is None else _encoded(body)
         try:
             line.request(method, self._base + path, data, self._headers)
             with line.getresponse() as response:
@@ -150,6 +152,14 @@ class Client:
             raise AddressError(f"{where} does not answer ({why:.200}); check that the server runs.") from error
         finally:
             line.close()
+
+
+def _encoded(body: Any) -> bytes:
+    """JSON. Raises DataError for a text with what was no UTF-8 when it was typed, which is a lone surrogate here."""
+    try:
+        return msgspec.json.encode(body)
+    except UnicodeEncodeError:
+        raise DataError("The question is no valid UTF-8; type it again.") from None
 
 
 def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -185,6 +195,8 @@ def chat(client: Client, source: TextIO, out: TextIO, *, figures: bool = False, 
 
     Errors of an answer are shown, and its question forgotten; the conversation goes on.
     """
+    if isinstance(source, io.TextIOWrapper):
+        source.reconfigure(errors="surrogateescape")  # bytes that are no text spoil their own question only
     print(f"{client.model()}. {HELP}", file=out)
     messages: list[Message] = []
     while (line := _line(source, out)) is not None:

@@ -27,7 +27,7 @@ from fedge.edge.llm.api import metrics, openai_types
 from fedge.edge.llm.api.http_gate import Gate, body, check_key
 from fedge.edge.llm.api.http_stream import EventStream, Flight, Submits, unless_gone
 from fedge.edge.llm.api.openai_answers import Form, usage
-from fedge.edge.llm.api.openai_errors import ApiError, bad, told
+from fedge.edge.llm.api.openai_errors import ApiError, bad, failed, told
 from fedge.edge.llm.api.openai_types import Asked, check_model
 from fedge.edge.llm.engine.answer import Detokenizer
 from fedge.edge.llm.engine.requests import Piece
@@ -231,7 +231,7 @@ class _Service:
 def _check(piece: Piece) -> None:
     """Raises ApiError for a piece that ends a request without an answer."""
     if piece.finish == "error":
-        raise ApiError(500, piece.error, code="model_failed")
+        raise failed(piece.cause)
     if piece.finish == "cancelled":
         raise ApiError(503, "The server ends; ask again later.", code="unavailable")
 

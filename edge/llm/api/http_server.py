@@ -5,8 +5,9 @@ or reads nothing of its answer, loses its connection. Must never look at a reque
 """
 
 import asyncio
+import signal
 import socket
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import uvicorn
@@ -34,10 +35,13 @@ class Server:
         self._socket = _listener(host.strip("[]"), port, limits)
         name, number = self._socket.getsockname()[:2]
         self.address = f"[{name}]:{number}" if ":" in name else f"{name}:{number}"
-        self._server = uvicorn.Server(_config(app, limits))
+        self._server = _Uvicorn(_config(app, limits))
 
     def run(self) -> None:
-        """Answer requests until `stop`, or a signal in the main thread; then answers under way may end, for a while."""
+        """Answer requests until `stop`, or a signal in the main thread; then answers under way may end, for a while.
+
+        Returns after `stop` and SIGTERM; raises KeyboardInterrupt after SIGINT.
+        """
         self._server.run(sockets=[self._socket])
 
     def stop(self) -> None:
@@ -53,12 +57,6 @@ class Server:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-def serve(app: Starlette, listen: str, limits: LlmLimits = LlmLimits()) -> None:
-    """Serve an application until a signal comes. Raises AddressError as Server does."""
-    with Server(app, listen, limits) as server:
-        server.run()
 
 
 def _listener(host: str, port: int, limits: LlmLimits) -> socket.socket:
@@ -94,6 +92,17 @@ def _config(app: Starlette, limits: LlmLimits) -> uvicorn.Config:
         timeout_keep_alive=max(1, round(limits.max_idle_s)),
         timeout_graceful_shutdown=max(1, round(limits.shutdown_s)),
     )
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn's, which raises signals again when it has ended: SIGTERM would kill who has others to dismiss first."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Overrides uvicorn's."""
+        if sig == signal.SIGTERM:
+            self.should_exit = True
+        else:
+            super().handle_exit(sig, frame)
 
 
 class _Timed(H11Protocol):

@@ -49,6 +49,17 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
     return ApiError(400, message, param=param, code=code)
 
 
+def failed(cause: type[Exception] | None) -> ApiError:
+    """What a client is told of a request that failed on its way. Sentences may name folders, so the kind is all."""
+    if cause is not None and issubclass(cause, AddressError | RankLost):
+        sentence = "The devices that hold the model cannot be reached; ask again later."
+        return ApiError(503, sentence, code="unavailable", headers=RETRY_AFTER)
+    sentence = "The model failed; ask again, or see the server's log."
+    if cause is not None and issubclass(cause, ModelError):
+        sentence = "The devices that are there cannot hold or run the model; ask again, or see the server's log."
+    return ApiError(500, sentence, code="model_failed")
+
+
 def told(error: Exception) -> ApiError:
     """What a user is told of any error. What is nobody's input is logged, and only its kind is named."""
     if isinstance(error, ApiError):

@@ -2,7 +2,8 @@
 
 A device keeps one stream, over which it may have many sequences; a second stream of the same device takes the place of
 the first. A message that is none, or out of order, is refused by itself, and the stream goes on. A stream occupies two
-threads for as long as it is open. Owns who may call, and what each caller is sent. Must never compute.
+threads for as long as it is open; where nothing is said over it, it is ended, and the device opens the next. Owns who
+may call, and what each caller is sent. Must never compute.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from fedge.edge.llm.collab import wire
 from fedge.edge.llm.collab.continuer import Continuer
 from fedge.edge.llm.collab.stream import Stream
 from fedge.edge.llm.collab.wire import Forget, Hidden, Told
-from fedge.edge.llm.compute.kernels import choose, named
+from fedge.edge.llm.compute.choice import kernel_for
 from fedge.edge.llm.compute.resident import Resident
 from fedge.edge.llm.mesh import control
 from fedge.edge.llm.mesh.mesh import Alone
@@ -64,13 +65,12 @@ class ContinueService:
         return pb.MeetReply(
             model=self._model,
             context=self._continuer.context,
-            max_session_bytes=self._limits.max_session_bytes,
             max_ask_bytes=self._limits.max_ask_bytes,
             max_guesses=self._limits.max_guesses,
         )
 
     def talk(self, messages: Iterator[bytes], context: Context) -> Iterator[Told]:
-        """One device's stream, until it hangs up and what it has asked is answered, or its next one comes."""
+        """One device's stream, until it hangs up and has its answers, says nothing for long, or its next one comes."""
         stream = Stream(self._talker(context), context.cancel, self._limits)
         with self._lock:
             older = self._streams.get(stream.client)
@@ -91,6 +91,7 @@ class ContinueService:
     def _listen(self, messages: Iterator[bytes], stream: Stream) -> None:
         try:
             for data in messages:
+                stream.heard()
                 with stream.turn:
                     if stream.ended:
                         return
@@ -163,21 +164,18 @@ def cloud_at(
     ExperimentError and ModelError.
     """
     shard = _upper(open_shard(path))
-    fastest = named(kernel, shard.kind) if kernel else choose(shard.kind, invariant=True, seconds=limits.kernel_s)
-    blocks = Resident(shard, fastest)
     longest = min(context or shard.config.context, shard.config.context)
-    rank = Rank(shard, blocks, Alone(), slots=slots, context=longest, limits=limits)
-    continuer = Continuer(rank, Head(shard, blocks), limits)
-    try:
+    with contextlib.ExitStack() as opened:
+        blocks = Resident(shard, kernel_for(shard, kernel, limits, invariant=True))
+        opened.callback(blocks.close)
+        rank = Rank(shard, blocks, Alone(), slots=slots, context=longest, limits=limits)
+        continuer = Continuer(rank, Head(shard, blocks), limits)
+        opened.callback(continuer.close)
         token = ticket.token if ticket else ""
         service = ContinueService(continuer, shard.model, shard.layers.start, token, limits)
         listening = serve(service, listen, ticket, key, limits)
-        try:
-            yield listening.address
-        finally:
-            listening.stop()
-    finally:
-        continuer.close()
+        opened.callback(listening.stop)
+        yield listening.address
 
 
 def serve_cloud(

@@ -4,10 +4,12 @@ The context store of CE-CoLLM (arXiv 2411.02829): a **session** is one sequence 
 layer of the cloud come in the order of positions; a position that is known already is ignored, so that a device may
 send again what it is not sure has arrived. Some of the known positions are **computed**: their keys and values are in
 a slot. States are held from the last answered position on, so that the same question can be asked again. What takes
-its slot from a session takes the session: the device begins anew, from position 0. State is explicit and time an
-argument. Must never compute, wait, or look at a clock.
+its slot from a session takes the session: the device begins anew, from position 0. A device has a share of what there
+is: beyond it, its own sessions have to go. State is explicit and time an argument. Must never compute, wait, or look at
+a clock.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -45,6 +47,8 @@ class Contexts:
     def __init__(self, *, slots: int, context: int, position_bytes: int, limits: LlmLimits = LlmLimits()) -> None:
         self.sessions: dict[Key, Session] = {}
         self.size_bytes = 0
+        self._sizes: Counter[str] = Counter()  # bytes by device
+        self._numbers: Counter[str] = Counter()  # sessions by device
         self.vacated: set[int] = set()
         self._free = list(range(slots))
         self._context, self._position_bytes, self._limits = context, position_bytes, limits
@@ -58,7 +62,7 @@ class Contexts:
         """States [n, hidden], of float16 or float32, for positions from `start` on; what is new is kept as it is.
 
         False, and nothing is kept, where positions before `start` are missing. Raises DataError beyond the context or
-        the bytes of one session, and Overloaded where those that are in use leave no room.
+        the bytes of one session, and Overloaded where those that are in use leave no room, to this device or at all.
         """
         session = self.sessions.get(key)
         known = session.known if session else 0
@@ -66,7 +70,7 @@ class Contexts:
             return False
         if start + len(rows) > self._context:
             raise DataError(f"A sequence has at most {self._context} positions here; end it, or begin another.")
-        fresh = rows[known - start :]
+        fresh = rows[known - start :] if known > start else rows
         if len(fresh):
             session = self._room(key, fresh, now)
             session.blocks.append(fresh if fresh is rows else fresh.copy())
@@ -119,7 +123,10 @@ class Contexts:
         session = self.sessions.pop(key, None)
         if session is None:
             return
-        self.size_bytes -= session.size_bytes
+        self._count(session, -session.size_bytes)
+        self._numbers[key[0]] -= 1
+        if not self._numbers[key[0]]:
+            del self._numbers[key[0]], self._sizes[key[0]]
         if session.slot is not None:
             self.vacated.add(session.slot)
             self._free.append(session.slot)
@@ -137,13 +144,22 @@ class Contexts:
         more = fresh.nbytes + len(fresh) * self._position_bytes
         if session.size_bytes + more > self._limits.max_session_bytes:
             raise DataError(f"A session holds at most {self._limits.max_session_bytes} bytes here; begin another.")
-        while self.size_bytes + more > self._limits.max_context_bytes or self._crowded(key):
+        while self._device_full(key, more):
+            if not self._evict(lambda one: one is not session and one.key[0] == key[0]):
+                raise Overloaded(f"{self._numbers[key[0]]} sessions of this device wait already; try again later.")
+        while self._full(key, more):
             if not self._evict(lambda one: one is not session):
                 raise Overloaded(f"{len(self.sessions)} sessions leave no room for more states; try again later.")
+        self._numbers[key[0]] += key not in self.sessions
         return self.sessions.setdefault(key, session)
 
-    def _crowded(self, key: Key) -> bool:
-        return key not in self.sessions and len(self.sessions) >= self._limits.max_sessions
+    def _device_full(self, key: Key, more: int) -> bool:
+        crowded = key not in self.sessions and self._numbers[key[0]] >= self._limits.max_device_sessions
+        return crowded or self._sizes[key[0]] + more > self._limits.max_device_bytes
+
+    def _full(self, key: Key, more: int) -> bool:
+        crowded = key not in self.sessions and len(self.sessions) >= self._limits.max_sessions
+        return crowded or self.size_bytes + more > self._limits.max_context_bytes
 
     def _evict(self, may_go: Callable[[Session], bool]) -> bool:
         """Forget the longest unused session that may go and that nobody waits for; False where there is none."""
@@ -165,3 +181,4 @@ class Contexts:
     def _count(self, session: Session, more: int) -> None:
         session.size_bytes += more
         self.size_bytes += more
+        self._sizes[session.key[0]] += more

@@ -76,13 +76,15 @@ class _Share:
 class Continuer:
     """Sequences of many devices over the layers of `rank` and the `head` behind them.
 
-    `tell` is called from the thread of the passes, and must neither wait nor raise.
+    `context` is how many positions a sequence may have whose states are float32. `tell` is called from the thread of
+    the passes, and must neither wait nor raise.
     """
 
     def __init__(self, rank: Rank, head: Head, limits: LlmLimits = LlmLimits()) -> None:
         cache = rank.cache
-        self.context, self.hidden = cache.context, rank.config.hidden
+        self.hidden = rank.config.hidden
         position_bytes = sum(layer.nbytes for layer in cache.entries[0]) // cache.context
+        self.context = min(cache.context, limits.max_session_bytes // (position_bytes + 4 * self.hidden))
         self._rank, self._head, self._limits = rank, head, limits
         slots = len(cache.lengths)
         self._contexts = Contexts(slots=slots, context=cache.context, position_bytes=position_bytes, limits=limits)

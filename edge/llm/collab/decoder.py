@@ -36,6 +36,14 @@ class Cloud(Protocol):
         """Whether it pays to ask."""
 
     @property
+    def context(self) -> int:
+        """How many positions of a sequence it takes."""
+
+    @property
+    def guesses(self) -> int:
+        """How many guesses it verifies at a time."""
+
+    @property
     def sent_bytes(self) -> int:
         """Of this sequence's messages up."""
 
@@ -160,8 +168,8 @@ class Decoder:
 
     @property
     def context(self) -> int:
-        """How many tokens a prompt and its answer may have."""
-        return self._segments.context
+        """How many tokens a prompt and its answer may have, so that the cloud can be asked for each."""
+        return min(self._segments.context, self._cloud.context) if self._cloud else self._segments.context
 
     @property
     def cloud_usable(self) -> bool:
@@ -256,7 +264,9 @@ class Decoder:
     def _guess(self, answer: _Answer, row: Array) -> list[_Said]:
         """As many guesses as pay, their states on the way up; none where nobody would verify them."""
         guesses: list[_Said] = []
-        most = min(answer.guesses, answer.left - 1) if answer.cloud and answer.cloud.usable else 0
+        most = 0
+        if answer.cloud and answer.cloud.usable:
+            most = min(answer.guesses, answer.left - 1, answer.cloud.guesses)
         while len(guesses) < most and not (guesses and guesses[-1].token in answer.stops):
             guesses.append(self._say(answer, self._last, row))
             self._segments.feed([guesses[-1].token])

@@ -12,7 +12,7 @@ from fedge.edge.llm.collab.halves import Halves
 from fedge.edge.llm.collab.segments import Segments
 from fedge.edge.llm.collab.uplink import Uplink
 from fedge.edge.llm.collab.wire import Coding
-from fedge.edge.llm.compute.kernels import choose, named
+from fedge.edge.llm.compute.choice import kernel_for
 from fedge.edge.llm.compute.resident import Resident
 from fedge.edge.llm.mesh.security import Ticket
 
@@ -34,11 +34,11 @@ def device(
 
     It is waited for at most `wait_s`. `context`: tokens of a prompt and its answer, None for as many as the model can.
     `kernel` None: the fastest of those that compute a row as if it were alone, as in the cloud. Raises ModelError,
-    ExperimentError and AddressError.
+    AddressError, and ExperimentError for settings that cannot work, as another machine's cloud without a `ticket`.
     """
     shards, found = halves.edge(limits)
-    kind, longest = shards[0].kind, shards[0].config.context
-    fastest = named(kernel, kind) if kernel else choose(kind, invariant=True, seconds=limits.kernel_s)
+    fastest = kernel_for(shards[0], kernel, limits, invariant=True)
+    longest = shards[0].config.context
     with contextlib.ExitStack() as opened:
         segments = Segments(
             shards,

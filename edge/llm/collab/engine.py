@@ -20,7 +20,7 @@ from fedge.core.limits import LlmLimits
 from fedge.core.params import Array
 from fedge.edge.llm.collab.decoder import Decoder, Summary, Token
 from fedge.edge.llm.engine.answer import Answer
-from fedge.edge.llm.engine.engine import Tokenizer
+from fedge.edge.llm.engine.engine import Mean, Tokenizer, failure
 from fedge.edge.llm.engine.handle import Handle
 from fedge.edge.llm.engine.requests import Piece, Request
 from fedge.edge.llm.engine.sampler import Sampling
@@ -63,7 +63,8 @@ class Engine:
         self._cancelled: set[int] = set()
         self._finished: Counter[str] = Counter()
         self._sums: Counter[str] = Counter()
-        self._times: dict[str, float] = {"busy_s": 0.0, "ttft_s": 0.0, "tpot_s": 0.0, "cloud_wait_s": 0.0}
+        self._times: dict[str, float] = {"busy_s": 0.0, "cloud_wait_s": 0.0}
+        self._ttft_s, self._tpot_s = Mean(), Mean()
         self._keys = 0
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="fedge-llm-collab", daemon=True)
@@ -100,19 +101,21 @@ class Engine:
         return handle
 
     def close(self) -> None:
-        """End all requests as cancelled, and the thread; a question to the cloud that is under way is waited for."""
+        """End all requests as cancelled, and the thread: a question to the cloud that is under way is waited for, and a
+        pass, within limits. Then the decoder's parts may be closed.
+        """
         with self._wake:
             self._closed = True
             self._wake.notify_all()
         if threading.current_thread() is not self._thread:
-            self._thread.join(self._limits.step_timeout_s)
+            self._thread.join(self._limits.max_deadline_s + self._limits.step_timeout_s)
 
     def stats(self) -> dict[str, float]:
-        """Counters since the start, gauges of this moment, and means over finished requests. Times in seconds."""
+        """Counters since the start, gauges of this moment, and means of requests that have such a time; in seconds."""
         with self._wake:
             times, finished, sums = dict(self._times), dict(self._finished), dict(self._sums)
+            means = {"mean_ttft_s": self._ttft_s.value, "mean_tpot_s": self._tpot_s.value}
             running, waiting = int(self._running is not None), len(self._waiting)
-        ended = max(1, sum(finished.values()))
         return {
             "running": running,
             "waiting": waiting,
@@ -121,8 +124,7 @@ class Engine:
             "busy_s": times["busy_s"],
             "cloud_wait_s": times["cloud_wait_s"],
             "cloud_up": int(self._decoder.cloud_usable),
-            "mean_ttft_s": times["ttft_s"] / ended,
-            "mean_tpot_s": times["tpot_s"] / ended,
+            **means,
             **sums,
         }
 
@@ -166,7 +168,7 @@ class Engine:
         except Exception as error:  # a mistake of ours must not leave anybody waiting
             if not isinstance(error, FedgeError):
                 log.exception("A request failed")
-            last = Piece(None, finish="error", error=_sentence(error))
+            last = failure(error)
         summary = self._decoder.summary
         self._count(job, summary, self._clock() - began_at)
         self._watch_safely(job, summary)
@@ -208,8 +210,8 @@ class Engine:
         with self._wake:
             self._times["busy_s"] += took_s
             self._times["cloud_wait_s"] += summary.cloud_wait_s
-            self._times["ttft_s"] += job.answer.usage.ttft_s
-            self._times["tpot_s"] += job.answer.usage.tpot_s
+            self._ttft_s.add(job.answer.usage.ttft_s)
+            self._tpot_s.add(job.answer.usage.tpot_s)
             self._sums.update(
                 prompt_tokens=len(job.answer.request.tokens),
                 generated_tokens=summary.tokens.total(),
@@ -230,7 +232,3 @@ class Engine:
             self._cancelled.discard(job.handle.key)
             self._finished[str(piece.finish)] += 1
         job.handle.deliver(piece)
-
-
-def _sentence(error: Exception) -> str:
-    return str(error) if isinstance(error, FedgeError) else f"The model failed ({type(error).__name__}); try again."

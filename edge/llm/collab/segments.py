@@ -6,6 +6,7 @@ read once for all. Keys, values and states are those of the full model, whatever
 and the keys and values of one sequence. Must never choose a token or know of a cloud.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -23,7 +24,8 @@ from fedge.edge.llm.shards.shard import Shard
 class Segments:
     """Shards of consecutive layers from the first on; the last one has the head. One sequence of up to `context`.
 
-    `blocks` opens the weights of a shard. Raises ModelError for shards that are no such line.
+    `blocks` opens the weights of a shard. Raises ModelError for shards that are no such line, and ExperimentError where
+    there is no room; then what was opened is closed again.
     """
 
     def __init__(
@@ -38,11 +40,15 @@ class Segments:
         self.config, self.context = shards[0].config, context
         self.ends = tuple(shard.layers.stop for shard in shards)
         self._embed, self._most = shards[0].embed, limits.max_step_tokens
-        self._opened = [blocks(shard) for shard in shards]
-        self._ranks = [
-            Rank(shard, opened, Alone(), slots=1, context=context, limits=limits)
-            for shard, opened in zip(shards, self._opened, strict=True)
-        ]
+        self._opened: list[Blocks] = []
+        self._ranks: list[Rank] = []
+        with contextlib.ExitStack() as opened:
+            for shard in shards:
+                self._opened.append(blocks(shard))
+                opened.callback(self._opened[-1].close)
+                self._ranks.append(Rank(shard, self._opened[-1], Alone(), slots=1, context=context, limits=limits))
+                opened.callback(self._ranks[-1].close)
+            self._closing = opened.pop_all()
         self._head = next(block.index for block in shards[-1].blocks if block.part == "head")
         self._waiting = [
             _Rows(self.config.hidden) for _ in range(len(shards) + 1)
@@ -95,9 +101,8 @@ class Segments:
         self.back(0)
 
     def close(self) -> None:
-        """Give all memory back."""
-        for rank in self._ranks:
-            rank.close()
+        """Give all memory back. May be called twice."""
+        self._closing.close()
 
     def _through(self, number: int) -> Array:
         """All rows that wait in front of one segment pass it, in steps of bounded size."""

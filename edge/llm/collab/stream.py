@@ -1,10 +1,12 @@
 """What waits to be told to one device, between the threads that have something to tell and the one that sends.
 
-Owns the bounds of it: a device that asks and does not read is cut off. Must never judge a message.
+Owns the bounds of it: a device that asks and does not read is cut off, and one that says nothing is let go. Must never
+judge a message.
 """
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -22,14 +24,24 @@ class Stream:
         self._changed = threading.Condition()
         self._open = 0  # questions without an answer
         self._finished = False
+        self._heard_at = time.monotonic()
         self._gaps: dict[str, int] = {}  # by session, what it was told last that is known
 
     def next(self) -> Told | None:
-        """The next reply, once there is one; None at the end."""
+        """The next reply, once there is one; None at the end, and where nothing is said for too long."""
         with self._changed:
-            self._changed.wait_for(lambda: self._replies or self.ended or (self._finished and not self._open))
+            while not self._changed.wait_for(
+                lambda: self._replies or self.ended or (self._finished and not self._open), self._patience_s()
+            ):
+                if self._patience_s() <= 0:
+                    return None
             self._changed.notify_all()
             return self._replies.popleft() if self._replies and not self.ended else None
+
+    def heard(self) -> None:
+        """The device has said something."""
+        with self._changed:
+            self._heard_at = time.monotonic()
 
     def tell(self, reply: Told) -> None:
         """The answer to a question. Never waits: who does not read is cut off."""
@@ -92,6 +104,11 @@ class Stream:
         """End, and the call with it, even if nobody reads."""
         self.end()
         self._cancel()
+
+    def _patience_s(self) -> float:
+        """How long the device may still say nothing; who waits for an answer may."""
+        longest_s = self._limits.stream_idle_s
+        return longest_s if self._open else self._heard_at + longest_s - time.monotonic()
 
     def _end(self) -> None:
         with self._changed:

@@ -7,6 +7,7 @@ answer, and the counts of bytes. Must never run a layer, choose a token, or deci
 import logging
 import random
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from fedge.core.params import Array
 from fedge.edge.llm.collab import wire
 from fedge.edge.llm.collab.exchange import Exchange, Question
 from fedge.edge.llm.engine.sampler import Sampling
+from fedge.edge.llm.mesh.control import check_dial
 from fedge.edge.llm.mesh.security import SERVER_NAME, Ticket
 from fedge.protos import llm_pb2 as pb
 from fedge.protos import llm_pb2_grpc as rpc
@@ -32,7 +34,6 @@ _FIRST_DELAY_S, _MOST_DELAY_S = 0.05, 2.0  # between two tries to connect
 _FIRST_REST_S, _MOST_REST_S = 0.25, 8.0  # after a question without an answer, unless something is heard
 _MESSAGE_BYTES = 1 << 16  # of states in one message
 _CLOSE_S = 1.0  # gRPC would wait until the link has taken what was written
-_SLACK_BYTES = 1 << 10  # of a message beside its states
 _MOST_TEXT = 200
 
 
@@ -40,7 +41,9 @@ class Uplink:
     """The line to the cloud at `address` for a model of this digest, from `layer` on. One sequence at a time.
 
     `ticket`: the cloud's, where it has one. `sent_bytes` and `received_bytes` are messages of the current sequence.
-    `trouble` says why there is no line. Raises AddressError for what is no address.
+    `context` positions of a sequence, and `guesses` at a time, are what the cloud takes; any number until it is met.
+    `trouble` says why there is no line. Raises AddressError for what is no address, and ExperimentError for another
+    machine's without a ticket.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class Uplink:
         limits: LlmLimits = LlmLimits(),
         ticket: Ticket | None = None,
     ) -> None:
-        addresses.parse(address)
+        check_dial(address, ticket)
         self._address, self._model, self._layer = address, model, layer
         self._hidden, self._coding, self._limits = hidden, coding, limits
         self._metadata = wire.metadata(secrets.token_hex(16), model, layer, ticket.token if ticket else "")
@@ -67,6 +70,7 @@ class Uplink:
         self._rest_until, self._rest_s = 0.0, _FIRST_REST_S
         self._ended = threading.Event()
         self.sent_bytes = self.received_bytes = 0
+        self.context = self.guesses = sys.maxsize
         self.trouble: FedgeError = AddressError(f"{address} has not been reached yet.")
         self._channel = _channel(address, ticket, limits)
         self._thread = threading.Thread(target=self._run, name="fedge-llm-uplink", daemon=True)
@@ -166,6 +170,7 @@ class Uplink:
             try:
                 self._meet()
                 self._listen()
+                self._tries = 0  # it ended in peace: for silence, say
             except FedgeError as error:
                 trouble = error
             except grpc.RpcError as error:
@@ -185,7 +190,9 @@ class Uplink:
         reply = stub.Meet(request, timeout=self._limits.connect_timeout_s, metadata=self._metadata)
         if reply.model != self._model:
             raise ModelError(f"{self._address} serves model {reply.model[:12]!r}; give both ends halves of one cut.")
-        self._message_bytes = min(_MESSAGE_BYTES, reply.max_ask_bytes - _SLACK_BYTES)
+        with self._changed:
+            self._message_bytes = min(_MESSAGE_BYTES, reply.max_ask_bytes - wire.SLACK_BYTES)
+            self.context, self.guesses = reply.context, reply.max_guesses
 
     def _listen(self) -> None:
         """Take replies until the stream ends. Raises DataError for what is none."""

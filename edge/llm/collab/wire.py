@@ -28,12 +28,12 @@ STATES_MISSING = "STATES_MISSING"  # the cloud knows fewer positions than it mus
 GREEDY = Sampling(temperature=0.0)
 Coding = Literal["f32", "f16", "u8"]
 CODINGS: tuple[Coding, ...] = get_args(Coding)
+SLACK_BYTES = 1 << 10  # of a message beside its states
 
 _MOST_F16 = 65504.0
 _MAX_NAME_BYTES = 64
 _MAX_SAMPLING_BYTES = 1 << 14
 _MAX_DETAIL = 500  # characters
-_SLACK_BYTES = 1 << 10  # of a message beside its states
 _AGAIN = "install the same version of fedge on both ends"
 
 
@@ -107,14 +107,14 @@ def states(
 ) -> list[bytes]:
     """Messages of `max_bytes` at most, with states x [n, hidden] (float32 or float16) of positions from `start` on.
 
-    Rows beyond the range of float16 go as float32, whatever `coding` says. Raises DataError where a number is none.
-    No rows make one message, which asks what is known.
+    Beyond the range of float16 all go as float32, whatever `coding` says. Raises DataError where a number is none. No
+    rows make one message, which asks what is known.
     """
     if not np.isfinite(x).all():
         raise DataError("A state is no number; check the weights of the model.")
-    if coding == "f16" and x.size and float(np.abs(x).max()) > _MOST_F16:
+    if coding != "f32" and x.size and float(np.abs(x).max()) > _MOST_F16:
         coding = "f32"
-    step = max(1, (max_bytes - _SLACK_BYTES) // row_bytes(coding, x.shape[1]))
+    step = max(1, (max_bytes - SLACK_BYTES) // row_bytes(coding, x.shape[1]))
     found = []
     for first in range(0, max(len(x), 1), step):
         rows = x[first : first + step]

@@ -2,13 +2,12 @@
 
 Where the system's cache has room for the whole file, its pages are lent, by mapping them: nothing is copied. Else they
 are read into buffers, past the cache (O_DIRECT) or through it. Owns the file's descriptor, and noticing that the file
-is no longer what it was. Must never keep what it read or mapped.
+is no longer what it was when the shard was opened. Must never keep what it read or mapped.
 """
 
 import contextlib
 import mmap
 import os
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,20 +15,21 @@ import numpy as np
 from fedge.core.errors import ModelError
 from fedge.core.params import Array
 from fedge.edge.llm.compute.cgroup import room_bytes
-from fedge.edge.llm.shards.shard import BlockSpec
+from fedge.edge.llm.models import advice
+from fedge.edge.llm.shards.shard import BlockSpec, Shard, state_of
 
 PAGE = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)
-_POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14: map what is in the cache, and fetch what is not
 
 
 class Blocks(Protocol):
     """A file open for reading. All raise ModelError where it cannot be read, or has been changed."""
 
-    direct: bool  # past the cache
+    def copy(self, block: BlockSpec, buffer: Array) -> None:
+        """Fill the start of `buffer`, which begins at a page and is whole pages, with the block's bytes."""
 
     def read(self, block: BlockSpec, buffer: Array) -> None:
-        """Have the block in memory; `buffer` begins at a page and is whole pages."""
+        """Have the block in memory, perhaps in `buffer`, which is as `copy` wants it."""
 
     def place(self, block: BlockSpec, buffer: Array) -> Array:
         """Where the block lies once it has been read, uint8 [>= block.bytes]."""
@@ -47,23 +47,23 @@ class BlockFile:
     Raises ModelError where the file cannot be opened so.
     """
 
-    def __init__(self, path: Path, *, direct: bool, keep: bool = False) -> None:
-        self.path, self.direct, self.keep = path, direct, keep
+    def __init__(self, shard: Shard, *, direct: bool, keep: bool = False) -> None:
+        self.path, self.direct, self.keep = shard.path, direct, keep
+        path, self._state = shard.path, shard.state
         if direct and not _DIRECT:
             raise ModelError(f"{path} cannot be read past the cache on this system; choose buffered reading.")
         try:
             self._handle = os.open(path, os.O_RDONLY | (_DIRECT if direct else 0))
         except OSError as error:
             raise ModelError(f"{path} cannot be read ({error}); choose buffered reading or export it again.") from error
-        self._state = self._fingerprint()
+        try:
+            self.check()
+        except ModelError:
+            self.close()
+            raise
 
-    @property
-    def size(self) -> int:
-        """Bytes of the file when it was opened."""
-        return self._state[0]
-
-    def read(self, block: BlockSpec, buffer: Array) -> None:
-        """Fill the start of `buffer`. See `Blocks`."""
+    def copy(self, block: BlockSpec, buffer: Array) -> None:
+        """See `Blocks`."""
         view, at = buffer.data, 0
         size = min(-(-block.bytes // PAGE) * PAGE, len(view)) if self.direct else block.bytes
         try:
@@ -78,6 +78,10 @@ class BlockFile:
         except OSError as error:
             raise ModelError(f"{self.path} cannot be read ({error}); check the disk or export it again.") from error
 
+    def read(self, block: BlockSpec, buffer: Array) -> None:
+        """As `copy`. See `Blocks`."""
+        self.copy(block, buffer)
+
     def place(self, _: BlockSpec, buffer: Array) -> Array:
         """The buffer. See `Blocks`."""
         return buffer
@@ -87,12 +91,12 @@ class BlockFile:
 
     def check(self) -> None:
         """Raises ModelError where the file is not what it was any more."""
-        if self._fingerprint() != self._state:
+        try:
+            same = state_of(self._handle) == self._state
+        except OSError as error:
+            raise ModelError(f"{self.path} cannot be read ({error}); check the disk or export it again.") from error
+        if not same:
             raise ModelError(f"{self.path} has been changed while it is in use; start the rank again.")
-
-    def map(self) -> mmap.mmap:
-        """The whole file, not yet in memory."""
-        return mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
 
     def close(self) -> None:
         """See `Blocks`."""
@@ -100,35 +104,33 @@ class BlockFile:
         if handle >= 0:
             os.close(handle)
 
-    def _fingerprint(self) -> tuple[int, int]:
-        status = os.fstat(self._handle)
-        return status.st_size, status.st_mtime_ns
-
 
 class Lent:
-    """Blocks that are mapped, while they are held, from the cache, where the whole `file` has room. See `Blocks`.
+    """Blocks that are the shard's own map, whose pages come from the cache while they are held. See `Blocks`.
 
-    Raises ModelError where the system cannot map so many pages at once.
+    `file` reads through the cache. Raises ModelError where the system cannot map so many pages at once.
     """
 
-    direct = False
-
-    def __init__(self, file: BlockFile) -> None:
-        self._file = file
-        self._map = file.map()
-        self._bytes = np.frombuffer(self._map, np.uint8)
+    def __init__(self, file: BlockFile, mapped: memoryview) -> None:
+        self._file, self._mapped = file, mapped
+        self._bytes = np.frombuffer(mapped, np.uint8)
         try:
-            self._map.madvise(_POPULATE_READ, 0, PAGE)
+            advice.fetch(mapped, 0, PAGE)
         except OSError as error:
-            raise ModelError(f"{file.path} cannot be mapped ({error}); read it.") from error
+            raise ModelError(f"{file.path} cannot be lent ({error}); read it.") from error
+
+    def copy(self, block: BlockSpec, buffer: Array) -> None:
+        """What stays in memory must stay what it is, whatever becomes of the file. See `Blocks`."""
+        self._file.copy(block, buffer)
 
     def read(self, block: BlockSpec, _: Array) -> None:
         """See `Blocks`."""
-        self._file.check()
         try:
-            self._map.madvise(_POPULATE_READ, block.offset, block.bytes)
+            advice.fetch(self._mapped, block.offset, block.bytes)
         except OSError as error:
+            self._file.check()  # what was cut off cannot be fetched either
             raise ModelError(f"{self._file.path} cannot be read ({error}); check the disk.") from error
+        self._file.check()
 
     def place(self, block: BlockSpec, _: Array) -> Array:
         """Its pages. See `Blocks`."""
@@ -136,36 +138,54 @@ class Lent:
 
     def drop(self, block: BlockSpec) -> None:
         """The pages are the cache's alone again. See `Blocks`."""
-        self._map.madvise(mmap.MADV_DONTNEED, block.offset, block.bytes)
+        advice.drop(self._mapped, block.offset, block.bytes)
 
     def close(self) -> None:
-        """See `Blocks`. The mapping goes with the last view."""
+        """See `Blocks`. Blocks that were read and not taken leave memory, too."""
+        advice.drop(self._mapped, 0, len(self._mapped))
         self._file.close()
 
 
-def open_blocks(path: Path, largest: BlockSpec, memory_bytes: int, direct: bool | None) -> Blocks:
-    """The file, read past the cache or through it; None: the best here, beside `memory_bytes` of the process's.
+def open_blocks(shard: Shard, largest: BlockSpec, memory_bytes: int, direct: bool | None) -> Blocks:
+    """The shard's file, read past the cache or through it; None: the best here, beside `memory_bytes` of the process's.
 
     What the cache has is there at once, as long as the whole file finds room in memory. Where it does not, it would
     only push out other things, so then reads go past the cache if that is possible. Raises ModelError.
     """
     if direct:
-        return BlockFile(path, direct=True)
-    through = BlockFile(path, direct=False)
-    through.keep = room_bytes() - memory_bytes > through.size
+        return BlockFile(shard, direct=True)
+    through = BlockFile(shard, direct=False)
+    # Nobody here knows which of the ranks run on this machine, and what the cache holds for one counts as room to all
+    # others: so there must be room for the files of all, though on a device that is alone less would do.
+    through.keep = room_bytes() - memory_bytes > shard.ranks * len(shard.mapped)
     if direct is False:
         return through
     with contextlib.suppress(ModelError):  # some systems refuse it
         if through.keep:
-            return Lent(through)
-        past = BlockFile(path, direct=True)
-        past.read(largest, pages(largest.bytes))
+            return Lent(through, shard.mapped)
+        past = _past(shard, largest)
         through.close()
         return past
     return through
 
 
 def pages(size: int) -> Array:
-    """Whole pages of fresh memory for at least `size` bytes, uint8."""
+    """Whole pages of fresh memory for at least `size` bytes, uint8. Raises ModelError where there is none."""
     whole = max(-(-size // PAGE), 1) * PAGE
-    return np.frombuffer(mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    try:
+        return np.frombuffer(mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    except OSError as error:
+        raise ModelError(
+            f"{whole} bytes for weights cannot be had ({error}); allow this process more memory."
+        ) from error
+
+
+def _past(shard: Shard, largest: BlockSpec) -> BlockFile:
+    """The file, read past the cache; some file systems tell only when they read that they cannot."""
+    past = BlockFile(shard, direct=True)
+    try:
+        past.copy(largest, pages(largest.bytes))
+    except ModelError:
+        past.close()
+        raise
+    return past

@@ -6,7 +6,6 @@ every block, so that little more than the weights is ever held. Must never read 
 """
 
 import contextlib
-import mmap
 import os
 from dataclasses import replace
 
@@ -14,20 +13,16 @@ from fedge.core.lanes import plain_products
 from fedge.core.params import Array
 from fedge.edge.llm.compute import heap
 from fedge.edge.llm.compute.kernels import Kernel, Linear
+from fedge.edge.llm.models import advice
 from fedge.edge.llm.shards.layout import BlockSpec
 from fedge.edge.llm.shards.quant import Matrix
 from fedge.edge.llm.shards.shard import Shard
 
 
 class Resident:
-    """Blocks that are always there. Raises ModelError where the kernel is for another kind of weights.
-
-    `resident_bytes` are those of the blocks as they lie in the file; a kernel that copies may need some more.
-    """
+    """Blocks that are always there. Raises ModelError where the kernel is for another kind of weights."""
 
     def __init__(self, shard: Shard, kernel: Kernel) -> None:
-        self.resident_bytes = sum(block.bytes for block in shard.blocks)
-        self.stats: dict[str, float] = {"blocks": len(shard.blocks), "pinned_bytes": self.resident_bytes}
         self._blocks = []
         for block in shard.blocks:
             found = shard.view(block, shard.mapped[block.offset : block.offset + block.bytes])
@@ -73,10 +68,8 @@ def _forget(shard: Shard, block: BlockSpec) -> None:
 
     What is still used comes back by itself.
     """
-    mapped = shard.mapped.obj
-    if block.bytes and isinstance(mapped, mmap.mmap):
-        mapped.madvise(mmap.MADV_DONTNEED, block.offset, block.bytes)
+    advice.drop(shard.mapped, block.offset, block.bytes)
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError), shard.path.open("rb") as file:  # it may be gone, but is mapped
-            os.posix_fadvise(file.fileno(), block.offset, block.bytes, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(file.fileno(), *advice.outward(block.offset, block.bytes), os.POSIX_FADV_DONTNEED)
     heap.trim()

@@ -8,7 +8,6 @@ Owns the budget, the buffers and the thread. Must never let the rank wait withou
 
 import queue
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -51,7 +50,8 @@ class Window:
     """Blocks taken in order, over and over, within `memory_bytes`. `direct`: see `blockfile.open_blocks`.
 
     A block that is taken out of order comes as well, only later. At most two streamed blocks may be held at a time.
-    Raises ModelError where the budget is too small, the file cannot be read, or the kernel does not stream.
+    Raises ModelError where the budget is too small, the file cannot be read or is no longer the one that the shard was
+    opened from, or the kernel does not stream.
     """
 
     def __init__(
@@ -69,39 +69,25 @@ class Window:
         stay = pinned([block.bytes for block in shard.blocks], memory_bytes)
         self._streamed = [block for block in shard.blocks if block.index not in stay]
         largest = max(self._streamed or shard.blocks, key=lambda block: block.bytes)
-        self._file = open_blocks(shard.path, largest, memory_bytes, direct)
-        self._buffers = [pages(largest.bytes) for _ in range(BUFFERS if self._streamed else 0)]
+        self._file = open_blocks(shard, largest, memory_bytes, direct)
         try:
+            self._buffers = [pages(largest.bytes) for _ in range(BUFFERS if self._streamed else 0)]
             self._pinned = {block.index: self._keep(block) for block in shard.blocks if block.index in stay}
         except ModelError:
             self._file.close()
             raise
-        self.resident_bytes = sum(shard.blocks[index].bytes for index in stay) + sum(map(len, self._buffers))
         self._views: dict[tuple[int, int], _Views] = {}
         self._held: OrderedDict[int, int] = OrderedDict()
         self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[tuple[BlockSpec, int] | FedgeError] = queue.SimpleQueue()
         self._failed: FedgeError | None = None
         self._closed = False
-        self._waited_s, self._read_bytes, self._read_s = 0.0, 0, 0.0
         for number in range(len(self._buffers)):
             self._free.put(number)
         self._thread = threading.Thread(target=self._read_ahead, name="fedge-window", daemon=True)
         plain_products.__enter__()
         if self._streamed:
             self._thread.start()
-
-    @property
-    def stats(self) -> dict[str, float]:
-        """What it does: blocks, pinned ones, bytes and seconds of reading, seconds that takers waited, and direct."""
-        return {
-            "blocks": len(self._shard.blocks),
-            "pinned": len(self._pinned),
-            "read_bytes": self._read_bytes,
-            "read_s": self._read_s,
-            "waited_s": self._waited_s,
-            "direct": float(self._file.direct),
-        }
 
     def take(self, index: int) -> _Views:
         """The block's arrays and linear maps, which are right until it is released; waits until they are there.
@@ -118,13 +104,11 @@ class Window:
             return self._of(self._shard.blocks[index], self._held[index])
         if len(self._held) == BUFFERS:
             raise ModelError(f"Blocks {list(self._held)} are still in use; release one before block {index}.")
-        start = time.perf_counter()
         block, number = self._next()
         while block.index != index:  # left out by the taker
             self._file.drop(block)
             self._free.put(number)
             block, number = self._next()
-        self._waited_s += time.perf_counter() - start
         self._held[index] = number
         return self._of(block, number)
 
@@ -151,8 +135,8 @@ class Window:
 
     def _keep(self, block: BlockSpec) -> _Views:
         memory = pages(block.bytes)
-        self._file.read(block, memory)
-        return prepared(self._shard.view(block, self._file.place(block, memory)), self._kernel)
+        self._file.copy(block, memory)
+        return prepared(self._shard.view(block, memory), self._kernel)
 
     def _of(self, block: BlockSpec, number: int) -> _Views:
         """Views of a block in a buffer; they stay right when the buffer is filled again, so they are made once."""
@@ -181,10 +165,7 @@ class Window:
                     number = self._free.get()
                     if number is None:
                         return
-                    start = time.perf_counter()
                     self._file.read(block, buffers[number])
-                    self._read_s += time.perf_counter() - start
-                    self._read_bytes += block.bytes
                     self._ready.put((block, number))
         except FedgeError as error:
             self._ready.put(error)

@@ -72,6 +72,24 @@ class _Totals:
     busy_s: float = 0.0
 
 
+@dataclass(slots=True)
+class Mean:
+    """Of times that are there: a request that ended before its first token has none (0)."""
+
+    total_s: float = 0.0
+    count: int = 0
+
+    def add(self, seconds: float) -> None:
+        """One more, or none."""
+        self.total_s += seconds
+        self.count += seconds > 0
+
+    @property
+    def value(self) -> float:
+        """Seconds; 0 where there was none."""
+        return self.total_s / max(1, self.count)
+
+
 class Engine:
     """Answers requests over `slots` slots of `context` tokens each, `max_kv_tokens` together (None: all of them).
 
@@ -115,7 +133,7 @@ class Engine:
         self._inbox: list[_Job] = []
         self._cancelled: list[int] = []
         self._finished: Counter[str] = Counter()
-        self._ttft_s = self._tpot_s = 0.0
+        self._ttft_s, self._tpot_s = Mean(), Mean()
         self._keys = 0
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="fedge-llm-engine", daemon=True)
@@ -158,12 +176,11 @@ class Engine:
         self._end(list(self._handles), "cancelled")
 
     def stats(self) -> dict[str, float]:
-        """Counters since the start, gauges of this moment, and means over finished requests. Times in seconds."""
+        """Counters since the start, gauges of this moment, and means of requests that have such a time; in seconds."""
         totals, scheduler = self._totals, self._scheduler
         with self._wake:
             finished, handles = dict(self._finished), len(self._handles)
-            ended = max(1, sum(finished.values()))
-            means = {"mean_ttft_s": self._ttft_s / ended, "mean_tpot_s": self._tpot_s / ended}
+            means = {"mean_ttft_s": self._ttft_s.value, "mean_tpot_s": self._tpot_s.value}
         running = len(scheduler.running)
         return {
             "running": running,
@@ -199,7 +216,7 @@ class Engine:
             except Exception as error:  # a mistake of ours must not leave anybody waiting
                 log.exception("The engine failed; the requests that wait or run end with an error")
                 self._scheduler.forget()
-                self._end(list(self._handles), "error", _sentence(error))
+                self._fail(list(self._handles), error)
         self._end(list(self._handles), "cancelled")
 
     def _wait(self) -> bool:
@@ -224,7 +241,7 @@ class Engine:
             self._broken = True
             return
         if model is not None:
-            self._model = model
+            self._model, self._broken = model, False
             self._scheduler.forget()
 
     def _take_in(self) -> None:
@@ -272,7 +289,7 @@ class Engine:
                     break
         except Exception as error:
             log.warning("Request %d ends: %s", want.key, error)
-            pieces.append(Piece(None, finish="error", error=_sentence(error)))
+            pieces.append(failure(error))
         tokens = [piece.token for piece in pieces if piece.token is not None]
         self._totals.generated_tokens += len(tokens)
         self._totals.accepted_tokens += max(0, len(tokens) - 1)
@@ -304,7 +321,7 @@ class Engine:
             running = [key for key in running if self._answers[key].losses > MAX_LOSSES]
         else:
             log.error("The model failed; the requests that ran end with an error", exc_info=error)
-        self._end(running, "error", _sentence(error))
+        self._fail(running, error)
 
     def _mend(self) -> bool:
         """A model that works again, if there is one; otherwise all requests end, and the next one tries again."""
@@ -314,14 +331,18 @@ class Engine:
                 self._totals.recoveries += 1
         except Exception as error:
             log.warning("The model could not be recovered: %s", error)
-            self._end(list(self._answers), "error", _sentence(error))
+            self._fail(list(self._answers), error)
             return False
         self._broken = False
         return True
 
-    def _end(self, keys: Iterable[int], finish: Finish, error: str = "") -> None:
+    def _end(self, keys: Iterable[int], finish: Finish) -> None:
         for key in keys:
-            self._finish(key, Piece(None, finish=finish, error=error))
+            self._finish(key, Piece(None, finish=finish))
+
+    def _fail(self, keys: Iterable[int], error: Exception) -> None:
+        for key in keys:
+            self._finish(key, failure(error))
 
     def _finish(self, key: int, piece: Piece) -> None:
         """Forget a request, then tell its user: who knows of the end may send the next one at once."""
@@ -333,11 +354,13 @@ class Engine:
             if handle is None:
                 return
             self._finished[str(piece.finish)] += 1
-            self._ttft_s += handle.usage.ttft_s
-            self._tpot_s += handle.usage.tpot_s
+            self._ttft_s.add(handle.usage.ttft_s)
+            self._tpot_s.add(handle.usage.tpot_s)
         handle.deliver(piece)
 
 
-def _sentence(error: Exception) -> str:
-    """What a user is told: fedge's own sentences, and of anything else its kind."""
-    return str(error) if isinstance(error, FedgeError) else f"The model failed ({type(error).__name__}); try again."
+def failure(error: Exception) -> Piece:
+    """The last piece of a request that failed: fedge's own sentence, and of anything else its kind."""
+    known = isinstance(error, FedgeError)
+    sentence = str(error) if known else f"The model failed ({type(error).__name__}); try again."
+    return Piece(None, finish="error", error=sentence, cause=type(error))

@@ -42,7 +42,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one token added. The last piece of a request has `finish`, and `error` (one sentence) where that is "error".
+    """What one token added. The last piece of a request has `finish`; where that is "error", also `error` (one sentence
+    for this machine's user, which may name files) and perhaps the error's class, `cause`.
 
     `token` is None where a piece only ends the request. `text` may be empty: the token is half a character, or may be
     the beginning of a stop string, and comes with a later piece.
@@ -53,6 +54,7 @@ class Piece:
     logprob: Logprob | None = None
     finish: Finish | None = None
     error: str = ""
+    cause: type[Exception] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """A worker as a child process of the head on the same machine: settings come on its standard input, which stays open.
 
-When that ends the head is gone, however it went, and so is the child. Owns nothing else.
+When that ends the head is gone, however it went, and so is the child. What goes wrong is one sentence on its standard
+output, which carries nothing else. Owns nothing else.
 """
 
 import logging
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from fedge.core.errors import FedgeError
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm.group.device import run
 from fedge.edge.llm.group.speeds import Speeds
@@ -38,22 +40,29 @@ def argv() -> list[str]:
 
 
 def main() -> None:
-    """Read settings, and work until the standard input ends."""
+    """Read settings, and work until the standard input ends. Exits with the code of what went wrong."""
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=Settings)
     stop = threading.Event()
     threading.Thread(target=_watch, args=(stop,), daemon=True).start()
-    run(
-        settings.address,
-        name=settings.name,
-        memory_bytes=settings.memory_bytes,
-        store=Path(settings.store),
-        ticket=Ticket("", settings.token),
-        kernel=settings.kernel,
-        speed=settings.speed,
-        stop=stop,
-        limits=settings.limits,
-    )
+    try:
+        run(
+            settings.address,
+            name=settings.name,
+            memory_bytes=settings.memory_bytes,
+            store=Path(settings.store),
+            ticket=Ticket("", settings.token),
+            kernel=settings.kernel,
+            speed=settings.speed,
+            stop=stop,
+            limits=settings.limits,
+        )
+    except FedgeError as error:
+        said.write(str(error))
+        said.close()
+        sys.exit(error.exit_code)
 
 
 def _watch(stop: threading.Event) -> None:

@@ -27,7 +27,7 @@ from fedge.edge.llm.group.speeds import Speeds, speeds
 from fedge.edge.llm.group.store import Store
 from fedge.edge.llm.group.work import Self, Work
 from fedge.edge.llm.mesh import security
-from fedge.edge.llm.mesh.control import TOKEN, is_local
+from fedge.edge.llm.mesh.control import TOKEN, check_dial
 from fedge.edge.llm.mesh.security import SERVER_NAME, Ticket
 from fedge.edge.runtime.memory import resident
 from fedge.protos import llm_pb2 as pb
@@ -77,10 +77,9 @@ def run(
     a few words. Raises ExperimentError for settings that cannot work or a head that refuses them for good,
     StaleIncarnation where another device has taken the name.
     """
+    check_dial(address, ticket)
     host, _ = addresses.parse(address)
     secure = bool(ticket and ticket.certificate)
-    if not secure and not is_local(host):
-        raise ExperimentError(f"{address} is another machine; give the ticket that its model was started with.")
     told = threading.Event() if stop is None else stop
     with contextlib.ExitStack() as opened:
         folder = Store(store, limits)
@@ -118,20 +117,29 @@ def _persist(device: _Device) -> None:
     """One session after another."""
     limits, tries = device.limits, 0
     before: Work | None = None
+    state = "connecting"
+    device.on_state(state)
     while not device.stop.is_set():
         session = _Session(device, before)
-        device.on_state("connecting" if not tries else "waiting for the head")
         try:
             session.run()
         finally:
             before = session.close()
         tries = 0 if session.welcome else tries + 1
+        last, state = state, _waiting(session)
+        if (session.welcome or state != last) and not device.stop.is_set():
+            device.on_state(state)
         ceiling = min(limits.max_reconnect_s, limits.reconnect_s * 2.0 ** min(tries, 32))
         # Jitter needs no secrecy: it only keeps many workers from coming back at once.
         device.stop.wait(random.uniform(ceiling / 2, ceiling))  # noqa: S311
     if before is not None:
         before.join(limits.step_timeout_s)
     device.on_state("stopped")
+
+
+def _waiting(session: "_Session") -> str:
+    """Why there is no head, if anything is known: a port where nobody is, or a ticket of another one."""
+    return f"waiting for the head ({messages.clip(session.why)})" if session.why else "waiting for the head"
 
 
 class _Session:
@@ -149,7 +157,7 @@ class _Session:
         self._fetch_call = self._channel.unary_stream(
             f"/{SERVICE}/Fetch", pb.FetchRequest.SerializeToString, pb.Chunk.FromString
         )
-        self._why = ""
+        self.why = ""
 
     def run(self) -> None:
         """Until the stream ends or the device is to stop. Raises what trying again will not mend."""
@@ -166,8 +174,6 @@ class _Session:
         finally:
             self._closed.set()
             call.cancel()
-        if self._why and not self._device.stop.is_set():
-            log.debug("%s: %s", self._device.address, self._why)
 
     def close(self) -> Work | None:
         """End the work as well, without waiting for it; returns it."""
@@ -179,10 +185,7 @@ class _Session:
 
     def _told(self) -> Iterator[pb.Report]:
         """What the head is told; gRPC's own thread asks for it."""
-        hello = pb.Hello()
-        hello.CopyFrom(self._device.hello)
-        hello.shards.extend(self._device.own.store.digests())
-        yield pb.Report(hello=hello)
+        yield pb.Report(hello=self._device.hello)
         while not self._closed.is_set():
             try:
                 yield self._reports.get(timeout=self._device.limits.beat_s)
@@ -196,7 +199,7 @@ class _Session:
             for order in call:
                 self._orders.put(order)
         except grpc.RpcError as error:
-            self._why = f"{error.code().name}: {error.details()}"
+            self.why = f"{error.code().name}: {error.details()}"
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
                 self._orders.put(messages.dismiss("PROTOCOL", str(error.details())))
         finally:
@@ -214,12 +217,15 @@ class _Session:
             case "start" if self._work is not None and self._work.epoch == order.start.epoch:
                 self._device.on_state(f"computing, epoch {order.start.epoch}")
                 self._work.start()
+            case "end" if self._work is not None and self._work.epoch == order.end.epoch:
+                self._device.on_state("waiting for work")
+                self._work.end()
             case "dismiss":
                 self._dismissed(order.dismiss)
 
     def _load(self, load: pb.Load) -> None:
         try:
-            messages.load(load, self._device.limits)
+            messages.check_load(load, self._device.limits)
         except DataError as error:
             self._reports.put(pb.Report(broken=pb.Broken(epoch=load.epoch, rank=-1, detail=str(error))))
             return

@@ -8,7 +8,8 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedge.core import addresses
@@ -31,7 +32,7 @@ from fedge.edge.llm.mesh.mesh import Alone, Mesh, connect
 from fedge.edge.llm.mesh.security import Ticket, Tls
 from fedge.edge.llm.models.folder import Folder
 from fedge.edge.llm.ranks.model import Model
-from fedge.edge.llm.shards.planner import FLOAT_BYTES
+from fedge.edge.llm.shards.planner import FLOAT_BYTES, kv_bytes
 from fedge.edge.llm.shards.quant import KINDS, Kind
 from fedge.edge.llm.shards.shard import open_shard
 from fedge.edge.llm.shards.shares import Share
@@ -47,12 +48,12 @@ class Group:
     """Serves workers at `address` from its making on, and forms groups of them.
 
     `store` is the folder for shards; `wanted` the devices beside the head that `form` waits for. `slots` sequences of
-    `context` tokens, of which `kv_tokens` are kept together at most (None: all). `memory_bytes` is the head's own
-    (None: most of what is free). A `ticket` with a certificate, and its `key` (PEM), mean TLS, which `listen` needs off
-    loopback; `data_port` is where ranks dial the head (0: any). `kernel`, `collective` and `speed` replace
-    measurements, and `divide` the planner; "int8" is for sums of several tokens. `invariant`: what a sequence computes
-    does not depend, to the bit, on the others of its pass. Raises AddressError, ExperimentError for settings that
-    cannot work.
+    `context` tokens. `memory_bytes` is the head's own (None: most of what is free). A `ticket` with a certificate, and
+    its `key` (PEM), mean TLS, which `listen` needs off loopback; `data_port` is where ranks dial the head (0: any).
+    `kernel`, `collective` and `speed` replace measurements, and `divide` the planner; "int8" is for sums of several
+    tokens. `invariant`: what a sequence computes does not depend, to the bit, on the others of its pass. `watch` is
+    asked while devices are waited for, and may raise. Raises AddressError, ExperimentError for settings that cannot
+    work.
     """
 
     def __init__(
@@ -67,7 +68,6 @@ class Group:
         ticket: Ticket | None = None,
         key: str = "",
         wanted: int = 0,
-        kv_tokens: int | None = None,
         memory_bytes: int | None = None,
         data_port: int = 0,
         kernel: str | None = None,
@@ -75,6 +75,7 @@ class Group:
         invariant: bool = False,
         speed: Speeds | None = None,
         divide: Divide = planned,
+        watch: Callable[[], None] = lambda: None,
         limits: LlmLimits = LlmLimits(),
     ) -> None:
         if kind not in KINDS or not 0 < slots <= limits.max_slots or context < 1:
@@ -87,8 +88,8 @@ class Group:
         except OSError as error:
             raise ExperimentError(f"The folder {store} cannot be used ({error}); name another for shards.") from error
         self._folder, self._kind, self._limits, self._divide = folder, kind, limits, divide
-        self._slots, self._context, self._kv_tokens = slots, context, kv_tokens or slots * context
-        self._wanted, self._kernel, self._invariant = wanted, kernel, invariant
+        self._slots, self._context, self._kv_tokens = slots, context, slots * context
+        self._wanted, self._watch, self._kernel, self._invariant = wanted, watch, kernel, invariant
         self._collective = _named(collective, invariant)
         known = speed or speeds(store)
         memory = spare_bytes() if memory_bytes is None else memory_bytes
@@ -97,14 +98,14 @@ class Group:
         self._roster = Roster(limits)
         self._model: Model | None = None
         self._division: Division | None = None
-        self._link = HOPED
+        self._measurement: _Measurement | None = None
         self._epoch = 0
         self._closed = False
         secure = bool(ticket and ticket.certificate)
         self._identity = security.identity() if secure else None
         host, _ = addresses.parse(listen)
         self._listener = listen_for_ranks(host.strip("[]") if is_local(host) else "", data_port)
-        welcome = pb.Welcome(protocol=PROTOCOL, model=folder.digest, kind=kind)
+        welcome = pb.Welcome(protocol=PROTOCOL)
         ranks = Ranks(self._roster, welcome, self._cuts.find, ticket, limits)
         try:
             self._listening = serve(
@@ -140,18 +141,17 @@ class Group:
         return tuple(self._roster.members.values())
 
     def form(self, timeout_s: float) -> Model:
-        """Wait for the devices that are wanted, and form a group of those that the division takes.
+        """Wait `timeout_s` for the devices that are wanted, and form a group of those that the division takes.
 
         Once the links have been measured it may take fewer. Raises AddressError where too few come in time, ModelError
         where there is not the memory or a shard cannot be cut, RankLost where devices fail again and again.
         """
-        due_at = time.monotonic() + timeout_s
-        if not self._roster.wait(lambda members: len(members) >= self._wanted, timeout_s):
+        if not self._roster.wait(self._complete, timeout_s):
             raise AddressError(
                 f"{len(self._roster.members)} of {self._wanted} devices have come within {timeout_s:g} s; start "
                 "`fedge llm join` on the others, or ask for fewer."
             )
-        return self._measured(due_at)
+        return self._measured()
 
     def recover(self) -> Model:
         """A group of those that are there now, or the head alone: after a rank was lost, or for a better one.
@@ -159,7 +159,7 @@ class Group:
         The last model is closed. Who computed in it and has not noticed its end in time is left out: it may hang.
         Raises as `form`.
         """
-        return self._formed(time.monotonic() + self._limits.load_timeout_s)
+        return self._measured()
 
     def better(self) -> bool:
         """Whether one of the group's devices is gone, or others that it does not use would make it faster."""
@@ -187,7 +187,7 @@ class Group:
 
         Raises as `form`.
         """
-        return self._measured(time.monotonic() + self._limits.load_timeout_s) if self.better() else None
+        return self._measured() if self.better() else None
 
     def close(self) -> None:
         """End the group, dismiss all devices, stop serving. May be called twice."""
@@ -198,6 +198,7 @@ class Group:
         self._roster.close("The head has ended; the device waits for it.")
         self._listening.stop()
         self._listener.close()
+        self._cuts.close()
 
     def __enter__(self) -> "Group":
         return self
@@ -207,8 +208,14 @@ class Group:
 
     # ---- epochs --------------------------------------------------------------------------------
 
-    def _measured(self, due_at: float) -> Model:
+    def _complete(self, members: Members) -> bool:
+        """Whether as many devices have come as are wanted."""
+        self._watch()
+        return len(members) >= self._wanted
+
+    def _measured(self) -> Model:
         """Form a group; where its links turn out too slow, once more without the devices that do not help."""
+        due_at = time.monotonic() + self._limits.load_timeout_s
         model = self._formed(due_at)
         useless = set(self.names) - set(self._plan(self._everybody()).names)
         for name in useless:
@@ -216,11 +223,11 @@ class Group:
         return self._formed(due_at) if useless else model
 
     def _formed(self, due_at: float) -> Model:
-        """Try with whoever is usable; a device that fails rests, so that the next try differs."""
+        """Try with whoever is usable until `due_at`; a device that fails rests, so that the next try differs."""
         for left in reversed(range(self._limits.form_tries)):
             self._end()
             try:
-                return self._attempt(due_at)
+                return self._attempt()
             except RankLost as error:
                 log.warning("Epoch %d has not come about: %s", self._epoch, error)
                 self._blame(error)
@@ -232,11 +239,10 @@ class Group:
                 raise
         raise AssertionError("unreachable")
 
-    def _attempt(self, due_at: float) -> Model:
+    def _attempt(self) -> Model:
         """One epoch, up to a mesh that stands."""
         self._epoch += 1
-        offers = [self._offer, *(one.hello.offer for one in self._roster.usable())]
-        division = self._plan(offers)
+        offers, division = self._choose()
         self._division = division
         cuts = self._cuts.make(division.shares)
         key = secrets.token_bytes(_KEY_BYTES)
@@ -245,13 +251,13 @@ class Group:
         if None in workers:
             raise RankLost("A device has left before the group was formed.", 1 + workers.index(None))
         party = [one for one in workers if one is not None]
-        self._order(party, division, cuts, key, {one.name: one for one in offers})
+        self._order(party, division, cuts, key, {one.name: one.memory_bytes for one in offers})
         shard = open_shard(cuts[0].path, self._limits)
-        budget = self._budget(self._offer, division.shares[0])
+        budget = self._budget(self._offer.memory_bytes, division.shares[0])
         with contextlib.ExitStack() as opened:
             blocks = open_blocks(shard, budget, self._limits, self._kernel, invariant=self._invariant)
             opened.callback(blocks.close)
-            mesh = self._meet(party, key, due_at)
+            mesh = self._meet(party, key)
             opened.callback(mesh.close)
             self._model = Model(shard, blocks, mesh, slots=self._slots, context=self._context, limits=self._limits)
             opened.pop_all()
@@ -259,12 +265,12 @@ class Group:
         return self._model
 
     def _order(
-        self, party: Sequence[Member], division: Division, cuts: Sequence[Cut], key: bytes, offers: dict[str, Offer]
+        self, party: Sequence[Member], division: Division, cuts: Sequence[Cut], key: bytes, memory: dict[str, int]
     ) -> None:
         """Tell every worker what to load."""
         own = self._identity[0] if self._identity else ""
-        peers = [pb.Peer(name=HEAD, address=f":{self._listener.getsockname()[1]}", certificate=own)]
-        peers += [pb.Peer(name=one.name, address=one.hello.address, certificate=one.hello.certificate) for one in party]
+        peers = [pb.Peer(address=f":{self._listener.getsockname()[1]}", certificate=own)]
+        peers += [pb.Peer(address=one.hello.address, certificate=one.hello.certificate) for one in party]
         for rank, member in enumerate(party, 1):
             load = pb.Load(
                 epoch=self._epoch,
@@ -275,19 +281,18 @@ class Group:
                 key=key,
                 slots=self._slots,
                 context=self._context,
-                memory_bytes=self._budget(offers[member.name], division.shares[rank]),
+                memory_bytes=self._budget(memory[member.name], division.shares[rank]),
                 collective=self._collective or "",
                 invariant=self._invariant,
             )
             self._roster.order(member.name, Event.LOAD, self._epoch, pb.Order(load=load))
 
-    def _meet(self, party: Sequence[Member], key: bytes, due_at: float) -> Mesh | Alone:
+    def _meet(self, party: Sequence[Member], key: bytes) -> Mesh | Alone:
         """Wait until all are ready, tell them to start, and connect."""
         if not party:
             return Alone()
         names, epoch = [one.name for one in party], self._epoch
-        left_s = min(due_at - time.monotonic(), self._limits.load_timeout_s)
-        self._roster.wait(lambda members: _settled(members, names, epoch), left_s)
+        self._roster.wait(lambda members: _settled(members, names, epoch), self._limits.load_timeout_s)
         self._require_all(names)
         for name in names:
             self._roster.order(name, Event.START, epoch, pb.Order(start=pb.Start(epoch=epoch)))
@@ -307,8 +312,10 @@ class Group:
             collective=self._collective,
             exact_bytes=FLOAT_BYTES * self._folder.config.hidden,
         )
+        self._roster.met(names)
         if mesh.speed is not None:
-            self._link = Link(mesh.speed.bandwidth_bps, mesh.speed.round_trip_s)
+            link = Link(mesh.speed.bandwidth_bps, mesh.speed.round_trip_s)
+            self._measurement = _Measurement(link, frozenset(names), time.monotonic())
         return mesh
 
     def _require_all(self, names: Sequence[str]) -> None:
@@ -337,21 +344,49 @@ class Group:
         """Leave out a device that could not be met, so that the next try goes without it."""
         names = self.names
         if 0 < error.rank < len(names):
-            self._roster.rest(names[error.rank], str(error), self._limits.rest_s)
+            self._roster.fail(names[error.rank], str(error))
 
     def _everybody(self) -> list[Offer]:
         """The head, the devices of the present group, and those that are free."""
         free = {one.name for one in self._roster.usable()} | set(self.names)
         return [self._offer, *(one.hello.offer for one in self._roster.members.values() if one.name in free)]
 
-    def _plan(self, offers: Sequence[Offer]) -> Division:
-        return self._divide(self._folder.config, self._kind, offers, self._link, self._kv_tokens)
+    def _choose(self) -> tuple[list[Offer], Division]:
+        """What is offered and who is taken; where the model cannot be held otherwise, also of devices that rest, and of
+        those that have still to notice the end of the last group.
+        """
+        offers = [self._offer, *(one.hello.offer for one in self._roster.usable())]
+        try:
+            return offers, self._plan(offers)
+        except ModelError:
+            self._roster.wait(_noticed, self._limits.connect_timeout_s)
+            more = [self._offer, *(one.hello.offer for one in self._roster.usable(resting=True))]
+            if len(more) == len(offers):
+                raise
+            return more, self._plan(more)
 
-    def _budget(self, offer: Offer, share: Share) -> int:
+    def _plan(self, offers: Sequence[Offer]) -> Division:
+        return self._divide(self._folder.config, self._kind, offers, self._link(), self._kv_tokens)
+
+    def _link(self) -> Link:
+        """As measured last, unless that is old or one of the devices is gone: then it may have been the slow one."""
+        last = self._measurement
+        if last is None or time.monotonic() - last.at > self._limits.useless_s:
+            return HOPED
+        return last.link if last.names <= set(self._roster.members) else HOPED
+
+    def _budget(self, memory_bytes: int, share: Share) -> int:
         """Bytes for weights beside keys and values."""
-        config, heads = self._folder.config, share.kv_heads[1] - share.kv_heads[0]
-        kept = 2 * FLOAT_BYTES * config.layers * heads * config.head_dim * self._kv_tokens
-        return max(1, offer.memory_bytes - kept)
+        return max(1, memory_bytes - kv_bytes(self._folder.config, share, self._kv_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class _Measurement:
+    """The slowest link between the head and the devices `names`; `at` is a time of time.monotonic."""
+
+    link: Link
+    names: frozenset[str]
+    at: float
 
 
 def _named(collective: str | None, invariant: bool) -> str | None:
@@ -359,6 +394,11 @@ def _named(collective: str | None, invariant: bool) -> str | None:
     if invariant and collective == INT8_SUMS:
         raise ExperimentError("Sums in 8 bits depend on the tokens that share them; leave out int8, or invariant.")
     return named(collective or "full") if collective or invariant else None
+
+
+def _noticed(members: Members) -> bool:
+    """All know that their last group has ended."""
+    return all(one.phase != Phase.ENDING for one in members.values())
 
 
 def _settled(members: Members, names: Sequence[str], epoch: int) -> bool:

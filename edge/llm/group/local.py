@@ -1,17 +1,18 @@
 """A group on one machine: the head in this process, the other ranks in children that end with it.
 
-Owns the children. Must never be the only way to have a group.
+Owns the children, and the finding that one is dead before it has come. Must never be the only way to have a group.
 """
 
 import contextlib
 import secrets
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from fedge.core.errors import ExperimentError, RankLost
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm.group.blocks import spare_bytes
 from fedge.edge.llm.group.child import Settings, argv
@@ -40,11 +41,15 @@ def local(
     """A Group that has not been formed yet, and `ranks` - 1 children on their way to it; see Group for `settings`.
 
     `memory_bytes` are each rank's. Strangers on the same machine cannot join: children know a word of their own.
+    Raises ExperimentError for no ranks, and as Group; `form` raises what a child that has ended at once said.
     """
+    if ranks < 1:
+        raise ExperimentError(f"{ranks} ranks cannot hold a model; ask for 1 at least.")
     ticket = Ticket("", secrets.token_urlsafe(32))
     memory = memory_bytes or spare_bytes() // ranks
     store.mkdir(parents=True, exist_ok=True)
     known = speed or speeds(store)
+    started: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as opened:
         group = Group(
             folder,
@@ -55,6 +60,7 @@ def local(
             memory_bytes=memory,
             kernel=kernel,
             speed=known,
+            watch=lambda: _require_alive(started),
             limits=limits,
             **settings,
         )
@@ -63,16 +69,17 @@ def local(
         for number in range(1, ranks):
             name = f"local-{number}"
             one = Settings(group.address, name, memory, str(store / name), ticket.token, kernel, known, limits)
-            children.enter_context(child(one))
+            started.append(children.enter_context(child(one)))
         yield group
 
 
 @contextlib.contextmanager
 def child(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
     """A worker in a process of its own, until the end of the context."""
-    process = subprocess.Popen(argv(), stdin=subprocess.PIPE)
-    pipe = process.stdin
-    if pipe is None:
+    # A group of its own: Ctrl-C is for the head, which ends its children when answers under way have ended.
+    process = subprocess.Popen(argv(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
+    pipe, said = process.stdin, process.stdout
+    if pipe is None or said is None:
         raise AssertionError("unreachable")
     try:
         with contextlib.suppress(BrokenPipeError):
@@ -87,3 +94,16 @@ def child(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        said.close()
+
+
+def _require_alive(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Raises ExperimentError with what a child said before it ended, RankLost where it said nothing."""
+    for number, process in enumerate(children, 1):
+        code = process.poll()
+        if code is None:
+            continue
+        said = process.stdout.read().decode(errors="replace") if process.stdout and not process.stdout.closed else ""
+        if said:
+            raise ExperimentError(said)
+        raise RankLost(f"The process of rank {number} has ended (exit code {code}); see what it wrote.", number)

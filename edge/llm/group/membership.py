@@ -7,7 +7,7 @@ must first say that it has noticed: until then it may hang. Time comes in as an 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -52,7 +52,10 @@ TABLE: Mapping[tuple[Phase, Event], Phase] = {
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A device that is there. `epoch` is its last one; it is left out until `rest_until`, for the reason `detail`."""
+    """A device that is there. `epoch` is its last one; it is left out until `rest_until`, for the reason `detail`.
+
+    `failures` counts how often it has failed since it was last met.
+    """
 
     hello: Hello
     heard_at: float
@@ -60,6 +63,7 @@ class Member:
     epoch: int = 0
     rest_until: float = -math.inf
     detail: str = ""
+    failures: int = 0
     private_bytes: int = 0
     mapped_bytes: int = 0
 
@@ -101,6 +105,21 @@ def rest(members: Members, name: str, until: float, detail: str) -> Members:
     return members if member is None else {**members, name: replace(member, rest_until=until, detail=detail)}
 
 
+def fail(members: Members, name: str, now: float, detail: str, limits: LlmLimits) -> Members:
+    """Left out after a failure: for `rest_s`, each time twice as long, at most `useless_s`."""
+    member = members.get(name)
+    if member is None:
+        return members
+    seconds = min(limits.rest_s * 2.0 ** min(member.failures, 32), max(limits.rest_s, limits.useless_s))
+    members = {**members, name: replace(member, failures=member.failures + 1)}
+    return rest(members, name, now + seconds, detail)
+
+
+def met(members: Members, names: Sequence[str]) -> Members:
+    """These work: their failures are forgotten."""
+    return {name: replace(one, failures=0) if name in names else one for name, one in members.items()}
+
+
 def heard(members: Members, name: str, now: float, private_bytes: int = 0, mapped_bytes: int = 0) -> Members:
     """A sign of life, which may say how much memory is in use."""
     member = members.get(name)
@@ -116,8 +135,8 @@ def silent(members: Members, now: float, silence_s: float) -> tuple[str, ...]:
     return tuple(name for name, one in members.items() if now - one.heard_at > silence_s)
 
 
-def usable(members: Members, now: float) -> tuple[Member, ...]:
-    """Those that can be given a shard."""
+def usable(members: Members, now: float = math.inf) -> tuple[Member, ...]:
+    """Those that can be given a shard; of all times, if they must, also those that rest."""
     return tuple(one for one in members.values() if one.phase == Phase.FREE and now >= one.rest_until)
 
 

@@ -8,7 +8,7 @@ import math
 import re
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -50,7 +50,6 @@ class Hello:
     incarnation: str
     address: str
     certificate: str
-    shards: frozenset[str] = field(default=frozenset(), repr=False)
 
 
 def report(data: bytes, limits: LlmLimits) -> pb.Report:
@@ -78,18 +77,16 @@ def hello(told: pb.Hello, host: str, limits: LlmLimits, *, secure: bool = False)
     _require(bool(re.fullmatch("[0-9a-f]{32}", told.incarnation)), "its incarnation is none")
     _require(len(told.certificate) <= limits.max_certificate_bytes, "its certificate is too long")
     _require(_is_certificate(told.certificate) if told.certificate else not secure, "its certificate is none")
-    _require(len(told.shards) <= limits.max_known_shards, "it knows too many shards")
-    _require(all(map(_DIGEST.fullmatch, told.shards)), "a digest is none")
     speeds = dict(told.weights_per_s)
     _require(len(speeds) <= MAX_KINDS, "it has too many speeds")
     _require(all(math.isfinite(one) and one > 0 for one in (*speeds.values(), told.disk_bps)), "a speed is none")
     _require(math.isfinite(told.layer_s) and told.layer_s >= 0, "its layers take a time that is none")
     own, port = _address(told.data_address)
     offer = Offer(name, speeds, told.memory_bytes, told.disk_bps, told.layer_s)
-    return Hello(offer, told.incarnation, f"{own or host}:{port}", told.certificate, frozenset(told.shards))
+    return Hello(offer, told.incarnation, f"{own or host}:{port}", told.certificate)
 
 
-def load(told: pb.Load, limits: LlmLimits) -> pb.Load:
+def check_load(told: pb.Load, limits: LlmLimits) -> None:
     """The head's order, which may be wrong as well. Raises DataError."""
     ranks = len(told.peers)
     _require(2 <= ranks <= limits.max_ranks and 0 < told.rank < ranks, f"it is for rank {told.rank} of {ranks}")
@@ -102,7 +99,6 @@ def load(told: pb.Load, limits: LlmLimits) -> pb.Load:
     for peer in told.peers:
         _address(peer.address)
         _require(len(peer.certificate) <= limits.max_certificate_bytes, "a certificate is too long")
-    return told
 
 
 def clip(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import TypeVar
 from fedge.core.errors import AddressError
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm.group import membership
-from fedge.edge.llm.group.membership import Event, Member, Members
+from fedge.edge.llm.group.membership import Event, Member, Members, Phase
 from fedge.edge.llm.group.messages import Hello, clip, dismiss
 from fedge.protos import llm_pb2 as pb
 
@@ -106,8 +106,11 @@ class Roster:
             self._changed.notify_all()
 
     def end(self, epoch: int, names: Sequence[str]) -> None:
-        """The head has ended this epoch."""
+        """The head has ended this epoch: who only loaded for it gives that back, the others see their mesh end."""
         with self._changed:
+            for name in membership.in_epoch(self._members, epoch, Phase.LOADING, Phase.READY):
+                if name in self._seats:
+                    self._seats[name].put(pb.Order(end=pb.End(epoch=epoch)))
             for name in names:
                 self._members = membership.happen(self._members, name, Event.END, epoch)
             self._changed.notify_all()
@@ -118,9 +121,19 @@ class Roster:
             until = self._clock() + seconds
             self._members = membership.rest(self._members, name, until, clip(detail))
 
-    def usable(self) -> tuple[Member, ...]:
-        """Who can be given a shard."""
-        return membership.usable(self.members, self._clock())
+    def fail(self, name: str, detail: str) -> None:
+        """Leave a device out that has failed; see membership.fail."""
+        with self._changed:
+            self._members = membership.fail(self._members, name, self._clock(), clip(detail), self._limits)
+
+    def met(self, names: Sequence[str]) -> None:
+        """These devices work."""
+        with self._changed:
+            self._members = membership.met(self._members, names)
+
+    def usable(self, *, resting: bool = False) -> tuple[Member, ...]:
+        """Who can be given a shard; with `resting`, also who would better be left out."""
+        return membership.usable(self.members, *(() if resting else (self._clock(),)))
 
     def wait(self, condition: Callable[[Members], T], timeout_s: float) -> T:
         """What `condition` says of the members, as soon as it is true, or at the end of the time."""
@@ -146,8 +159,7 @@ class Roster:
         before = self._members[name]
         self._members = membership.happen(self._members, name, Event.BROKEN, broken.epoch)
         if self._members[name].phase != before.phase and broken.rank < 0 and broken.detail:
-            until = self._clock() + self._limits.rest_s
-            self._members = membership.rest(self._members, name, until, clip(broken.detail))
+            self._members = membership.fail(self._members, name, self._clock(), clip(broken.detail), self._limits)
 
     def _expire(self) -> None:
         for name in membership.silent(self._members, self._clock(), self._limits.silence_s):

@@ -37,11 +37,6 @@ class Store:
         """Another process may use it."""
         self._lock.close()
 
-    def digests(self) -> list[str]:
-        """Of the whole shards that lie here, the newest first, within the limits."""
-        paths = sorted(self.root.glob(f"*{_ENDING}"), key=lambda path: -path.stat().st_mtime)
-        return [path.name.removesuffix(_ENDING) for path in paths][: self._limits.max_known_shards]
-
     def whole(self, digest: str) -> Path | None:
         """The shard's file if its bytes are right; a file whose bytes are not is removed. Raises ModelError."""
         path = self._path(digest)

@@ -1,6 +1,7 @@
-"""gRPC servers of a model's head and of its cloud: who may listen where, by TLS with a ticket, for how many calls.
+"""gRPC servers of a model's head and of its cloud: who may listen and dial where, by TLS with a ticket.
 
-Owns the way a server is opened and ended, and the check of a caller's token. Must never know what is served.
+Owns the way a server is opened and ended, how many calls it takes, and the check of a caller's token. Must never know
+what is served.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from typing import Any
 import grpc
 
 from fedge.core import addresses
-from fedge.core.errors import AddressError
+from fedge.core.errors import AddressError, ExperimentError
 from fedge.edge.llm.mesh.handshake import is_loopback
 from fedge.edge.llm.mesh.security import Ticket
 
@@ -76,6 +77,15 @@ def admit(token: str, context: Context) -> None:
         context.abort(
             grpc.StatusCode.UNAUTHENTICATED, "The ticket is another one; copy ticket.json from the other end's machine."
         )
+
+
+def check_dial(address: str, ticket: Ticket | None) -> None:
+    """Raises AddressError for what is no address, and ExperimentError for another machine's without a certificate: what
+    is sent there could be read by anybody, and anybody could answer.
+    """
+    host, _ = addresses.parse(address)
+    if not (ticket and ticket.certificate) and not is_local(host):
+        raise ExperimentError(f"{address} is another machine; give the ticket that its model was started with.")
 
 
 def is_local(host: str) -> bool:

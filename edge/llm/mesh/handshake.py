@@ -178,7 +178,7 @@ def _dial(meeting: _Meeting, peer: int) -> None:
         try:
             meeting.found(peer, _dial_once(party, peer))
             return
-        except (OSError, ValueError, _Refused) as error:
+        except (OSError, ValueError, ExperimentError, _Refused) as error:  # a certificate may be none that TLS takes
             meeting.why[peer] = str(error)
         meeting.ended.wait(RETRY_S)
 

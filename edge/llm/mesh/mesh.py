@@ -66,10 +66,10 @@ class Mesh:
         self._chosen: dict[int, Collective] = {}
 
     def begin(self, due_at: float, collective: str | None, exact_bytes: int) -> None:
-        """Wait until all have met all, and measure all links where `choose` decides; see `connect`."""
+        """Wait until all have met all, and measure all links; see `connect`."""
         try:
             _all_here(self._group.others, due_at)
-            if collective in (None, INT8_SUMS) and self.size > 1:
+            if self.size > 1:
                 self.speed = measure(self._group)
         except RankLost:
             self.close()
@@ -184,8 +184,8 @@ def connect(
     """Meet all other ranks of this epoch: those below `rank` at `addresses` ("host:port"), those above on `listener`.
 
     `key` is the session's secret (>= 16 bytes). Without `tls` all must be on loopback. `collective` names one of
-    COLLECTIVES; None measures the links and chooses by size, and so does "int8" for sums of at most `exact_bytes`,
-    which are not rounded. Both must be the same on all ranks. `listener` stays open, with another timeout. Raises
+    COLLECTIVES; None chooses by size and the links' speeds, and so does "int8" for sums of at most `exact_bytes`, which
+    are not rounded. Both must be the same on all ranks. `listener` stays open, with another timeout. Raises
     RankLost naming who has not come within `connect_timeout_s` or is lost while links are measured, and
     ExperimentError for what can never work.
     """

@@ -16,6 +16,7 @@ from fedge.core.limits import LlmLimits
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 T = TypeVar("T")
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+MOST_FACTOR = 1e6  # of a Rope; the least is 1 / MOST_FACTOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +134,10 @@ def read(folder: Path, limits: LlmLimits = LlmLimits()) -> Config:
     path = folder / "config.json"
     file = _decode(path, _File, limits)
     generation = folder / "generation_config.json"
-    more = _decode(generation, _Generation, limits).eos_token_id if generation.exists() else None
+    more = _ids(_decode(generation, _Generation, limits).eos_token_id) if generation.exists() else ()
     _judge(path, file, limits)
+    if any(token >= file.vocab_size for token in more):
+        raise ModelError(f"{generation} has an eos_token_id that is not below vocab_size {file.vocab_size}; mend it.")
     qwen2 = file.model_type == "qwen2"
     bias = file.model_type in ("llama", "qwen3") and bool(file.attention_bias)
     bos = _ids(file.bos_token_id)
@@ -157,7 +160,7 @@ def read(folder: Path, limits: LlmLimits = LlmLimits()) -> Config:
         qk_norm=file.model_type == "qwen3",
         window=_window(path, file),
         bos=bos[0] if bos else None,
-        eos=tuple(dict.fromkeys(_ids(file.eos_token_id) + _ids(more))),
+        eos=tuple(dict.fromkeys(_ids(file.eos_token_id) + more)),
     )
 
 
@@ -242,12 +245,30 @@ def _rope(path: Path, file: _File) -> Rope:
         kind = scaling.rope_type or scaling.type or "default"
         theta = scaling.rope_theta or file.rope_theta or 10000.0
         nested = any(isinstance(value, dict) for value in given.values())
-        if kind in ROPE_KINDS and not nested and 1 < theta < math.inf and _whole(scaling):
-            return _stretch(kind, theta, scaling, file.max_position_embeddings)
+        if kind in ROPE_KINDS and not nested and _whole(scaling):
+            found = _stretch(kind, theta, scaling, file.max_position_embeddings)
+            if computable(found):
+                return found
     except msgspec.ValidationError as error:
         raise ModelError(f"{path} has unusable rope parameters ({error!s:.200}); choose another model.") from error
     known = f"fedge computes {', '.join(ROPE_KINDS)}, truncated, of whole heads and alike in all layers"
     raise ModelError(f"{path} has rope parameters {given!r:.200}: {known}; choose another model.")
+
+
+def computable(rope: Rope) -> bool:
+    """Whether angles follow from these numbers, which may be a stranger's: none is so large or small that it, or what
+    it divides, is lost.
+    """
+    factors = [rope.factor, rope.attention_factor]
+    if rope.kind == "yarn":
+        factors += [rope.beta_fast, rope.beta_slow]
+    if rope.kind == "llama3":
+        factors += [rope.low_freq_factor, rope.high_freq_factor]
+    if not all(1 / MOST_FACTOR <= factor <= MOST_FACTOR for factor in factors) or rope.factor < 1:
+        return False
+    trained = rope.original_context >= 1 or rope.kind in ("default", "linear")
+    apart = rope.low_freq_factor < rope.high_freq_factor or rope.kind != "llama3"
+    return 1 < rope.theta < math.inf and trained and apart
 
 
 def _whole(scaling: _Scaling) -> bool:

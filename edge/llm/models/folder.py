@@ -38,10 +38,6 @@ class Folder:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def names(self) -> tuple[str, ...]:
-        """All tensors that the config promises, in the order of computing."""
-        return tuple(promised(self.config))
-
     def dtype(self, name: str) -> str:
         """How a tensor is stored: F32, F16 or BF16."""
         return self._where[name].entries[name].dtype
@@ -53,10 +49,6 @@ class Folder:
     def rows(self, name: str, start: int, stop: int) -> Array:
         """Rows `start` to `stop`, exclusive, of a matrix, or numbers of a vector."""
         return self._copy(name, slice(start, stop))
-
-    def columns(self, name: str, start: int, stop: int) -> Array:
-        """Columns `start` to `stop`, exclusive, of a matrix."""
-        return self._copy(name, (slice(None), slice(start, stop)))
 
     def embed(self, ids: Array | list[int]) -> Array:
         """The rows [n, hidden] of the embedding for token ids [n]. Raises DataError at an id outside the vocabulary."""
@@ -70,7 +62,7 @@ class Folder:
         for file in self._files:
             file.close()
 
-    def _copy(self, name: str, part: slice | tuple[slice, slice]) -> Array:
+    def _copy(self, name: str, part: slice) -> Array:
         file = self._where[name]
         copy = widen(file.view(name)[part])
         file.forget(name)
@@ -93,7 +85,7 @@ def open_folder(path: Path, limits: LlmLimits = LlmLimits()) -> Folder:
 
 
 def promised(config: Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a model."""
+    """Names and shapes of all tensors of a model, in the order of computing."""
     table = (config.vocab, config.hidden)
     found: dict[str, tuple[int, ...]] = {EMBEDDING: table}
     for layer in range(config.layers):

@@ -1,4 +1,4 @@
-"""Rotary positions: the angles of every pair of a head, stretched as long contexts need, and the turn itself.
+"""Rotary positions: the angles of every pair of a head, stretched as long contexts need.
 
 Owns the frequencies of the kinds in `config.Rope`. Must never hold state. All is computed in float32 as the models were
 trained (angles at far positions depend on it), from frequencies found in float64.
@@ -26,16 +26,6 @@ def tables(config: Config, positions: Array) -> tuple[Array, Array]:
     angles = np.outer(positions.astype(np.float32), frequencies(config.rope, config.head_dim))
     factor = np.float32(config.rope.attention_factor)
     return np.cos(angles) * factor, np.sin(angles) * factor
-
-
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """All heads of x [n, heads, head_dim] turned, as a new array. A pair is one number of each half of the head, as
-    Hugging Face stores queries and keys (not neighbours, as in RoFormer).
-    """
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    c, s = cos[:, None, :], sin[:, None, :]
-    return np.concatenate((first * c - second * s, second * c + first * s), axis=-1)
 
 
 def _linear(rope: Rope, plain: Array) -> Array:

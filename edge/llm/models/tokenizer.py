@@ -5,7 +5,7 @@ Owns the bytes of each token, and the stream of text that never holds half a cha
 
 import codecs
 import json
-from collections.abc import Iterable
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fedge.edge.llm.models.template import Messages, Template
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _SPACE = "\u2581"  # how sentencepiece writes a space
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # and a byte for which it has no token
 
 
 class Tokenizer:
@@ -58,16 +59,13 @@ class Tokenizer:
         """
         try:
             ids: list[int] = self._inner.encode(text, add_special_tokens=special).ids
-        except Exception as error:  # lone surrogates; the library's exceptions have no base of their own
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # lone surrogates; as above
             raise DataError(f"The text cannot be turned into tokens ({error!s:.200}); send valid Unicode.") from error
         if max(ids, default=0) >= self.vocab:
             raise DataError("The text holds a token that the tokenizer has and the model has not; leave it out.")
         return ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """A whole text, without special tokens; what is no UTF-8 becomes U+FFFD."""
-        stream = self.stream(start=True)
-        return "".join(map(stream.push, ids)) + stream.flush()
 
     def bytes_of(self, token: int) -> bytes:
         """What a token writes, be it half a character; nothing for special tokens."""
@@ -146,8 +144,8 @@ class _Pieces:
         if self._bytes is not None:
             known = [self._bytes.get(letter) for letter in piece]
             return bytes(one for one in known if one is not None) if None not in known else piece.encode()
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes.fromhex(piece[3:5])
+        if byte := _BYTE.fullmatch(piece):
+            return bytes.fromhex(byte[1])
         return piece.replace(_SPACE, " ").encode()
 
 

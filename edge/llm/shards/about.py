@@ -4,14 +4,13 @@ They lie as JSON in the metadata of the shard's file, which may come from a stra
 judgement. Must never touch a file.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 from fedge.core.limits import LlmLimits
-from fedge.edge.llm.models.config import FAMILIES, ROPE_KINDS, Config
+from fedge.edge.llm.models.config import FAMILIES, ROPE_KINDS, Config, computable
 from fedge.edge.llm.shards.quant import KINDS, Kind
 
 FORMAT = 1
@@ -85,10 +84,9 @@ def _config_faults(config: Config, limits: LlmLimits) -> Iterator[str]:
     if not all(0 <= token < config.vocab for token in tokens):
         yield "its first or last token is outside the vocabulary"
     rope = config.rope
-    numbers = [value for value in astuple(rope) if not isinstance(value, str)]
-    if rope.kind not in ROPE_KINDS or not all(0 <= number < math.inf for number in numbers):
+    if rope.kind not in ROPE_KINDS:
         yield "its rotary positions are of an unknown kind"
-    elif rope.theta <= 1 or rope.factor < 1 or (rope.kind in ("llama3", "yarn") and rope.original_context < 1):
+    elif not computable(rope) or rope.original_context > MAX_SIZE:
         yield "its rotary positions cannot be computed"
 
 

@@ -6,6 +6,7 @@ read a shard.
 """
 
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from fedge.edge.llm.models.folder import EMBEDDING, HEAD, NORM, Folder
 from fedge.edge.llm.shards import layout
 from fedge.edge.llm.shards.about import About, Share, Stored, fault
 from fedge.edge.llm.shards.layout import BlockSpec, Place, Sizes
-from fedge.edge.llm.shards.quant import Kind, quantise
+from fedge.edge.llm.shards.quant import Kind, quantise, require_finite
 
 Progress = Callable[[int, int], None]
 METADATA = "fedge"
@@ -86,7 +87,7 @@ class _Writer:
         inside = {place.name: place for place in layout.places(self._about, block.part)}
         names = _vector_names(block)
         for name in layout.vectors(self._about, block.part):
-            _put(file, block, inside[name], self._folder.tensor(names[name]))
+            _put(file, block, inside[name], require_finite(self._folder.tensor(names[name])))
         for sizes in layout.matrices(self._about, block.part):
             self._matrix(file, block, inside, sizes)
         self._advance(block.bytes)
@@ -96,7 +97,7 @@ class _Writer:
         for piece in _pieces(self._about, block, sizes.name):
             if sizes.bias:
                 bias = self._folder.rows(piece.name.removesuffix("weight") + "bias", *piece.rows)
-                _put(file, block, inside[f"{sizes.name}.bias"], bias, row)
+                _put(file, block, inside[f"{sizes.name}.bias"], require_finite(bias), row)
             for slab in _slabs(self._folder, piece):
                 rounded = quantise(slab, self._about.kind)
                 _put(file, block, inside[f"{sizes.name}.weight"], rounded.data, row)
@@ -109,7 +110,7 @@ class _Writer:
         size = config.vocab * config.hidden * layout.BYTES[stored]
         file.seek(end - size)
         for slab in _slabs(self._folder, _Piece(EMBEDDING, (0, config.vocab), (0, config.hidden))):
-            file.write(_narrow(slab, stored).data)
+            file.write(_narrow(require_finite(slab), stored).data)
         self._advance(size)
 
     def _advance(self, size: int) -> None:
@@ -205,11 +206,11 @@ def _put(file: BinaryIO, block: BlockSpec, place: Place, rows: Array, first: int
 
 def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Write a file beside `path`, bring it to disk and give it its name. Raises ModelError."""
-    beside = path.with_name(f"{path.name}.part")
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")  # another process may write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with beside.open("wb") as file:
+            with beside.open("xb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())

@@ -54,10 +54,13 @@ def blocks(columns: int) -> int:
 def quantise(weight: Array, kind: Kind, bias: Array | None = None) -> Matrix:
     """Round float32 `weight` [rows, columns]. Rows are independent, so slabs of rows may be rounded one by one.
 
-    Raises ModelError for weights that are not finite.
+    Raises ModelError for weights or a bias that are not finite.
     """
     rows, columns = weight.shape
+    if bias is not None:
+        require_finite(bias)
     if kind == "float32":
+        require_finite(weight)
         return Matrix(kind, rows, columns, np.ascontiguousarray(weight, np.float32), bias=bias)
     if kind == "int8":
         data, scale = np.empty((rows, columns), np.int8), np.zeros(rows, np.float32)
@@ -71,6 +74,13 @@ def quantise(weight: Array, kind: Kind, bias: Array | None = None) -> Matrix:
             part = slice(start, start + step)
             work(np.asarray(weight[part], np.float32), data[part], scale[part])
     return Matrix(kind, rows, columns, data, scale, bias)
+
+
+def require_finite(numbers: Array) -> Array:
+    """The numbers themselves. Raises ModelError where one of them is NaN or infinite."""
+    if not np.isfinite(numbers).all():
+        raise ModelError("The model has weights that are not finite; download or export it again.")
+    return numbers
 
 
 def dequantise(matrix: Matrix) -> Array:
@@ -110,8 +120,7 @@ def _round_int4(weight: Array, data: Array, scale: Array) -> None:
 
 def _inverse(scale: Array) -> Array:
     """1 / scale, and 0 for a scale so small that its inverse would overflow; that scale becomes 0 as well."""
-    if not np.isfinite(scale).all():
-        raise ModelError("The model has weights that are not finite; download or export it again.")
+    require_finite(scale)  # a row's, or a block's, is what its weights are
     scale[np.abs(scale) < _TINY] = 0
     with np.errstate(divide="ignore"):
         inverse: Array = np.where(scale == 0, np.float32(0), np.float32(1) / scale)

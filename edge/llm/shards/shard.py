@@ -6,10 +6,10 @@ shards. Must never copy a block, nor read one before it is asked for.
 
 import hashlib
 import mmap
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fedge.core.errors import DataError, ModelError
 from fedge.core.limits import LlmLimits
 from fedge.core.params import Array
+from fedge.edge.llm.models import advice
 from fedge.edge.llm.models.config import Config
 from fedge.edge.llm.models.mapped import Entry, entries, widen
 from fedge.edge.llm.shards import layout
@@ -26,7 +27,7 @@ from fedge.edge.llm.shards.export import METADATA, export
 from fedge.edge.llm.shards.layout import BlockSpec, Part, Place
 from fedge.edge.llm.shards.quant import Kind, Matrix
 
-__all__ = ["BlockSpec", "Shard", "digest", "export", "open_shard"]
+__all__ = ["BlockSpec", "Shard", "digest", "export", "open_shard", "state_of"]
 
 _TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "|i1", "U8": "|u1"}
 _AGAIN = "export the model again"
@@ -34,12 +35,16 @@ _AGAIN = "export the model again"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shard:
-    """An open shard. `mapped` is the whole file, read-only; it stays mapped for as long as a view of it lives."""
+    """An open shard. `mapped` is the whole file, read-only; it stays mapped for as long as a view of it lives.
+
+    `state` is what `state_of` said of the file when it was mapped: who opens it again must find the same.
+    """
 
     path: Path
     about: About
     blocks: tuple[BlockSpec, ...]
     mapped: memoryview = field(repr=False)
+    state: tuple[int, ...] = field(repr=False)
     _places: dict[Part, tuple[Place, ...]] = field(repr=False)
     _embedding: Array | None = field(repr=False)
 
@@ -116,7 +121,7 @@ class _Head(msgspec.Struct, frozen=True):
 
 def open_shard(path: Path, limits: LlmLimits = LlmLimits()) -> Shard:
     """Map and judge a shard. Raises ModelError where it is no whole shard that this version can use."""
-    whole = _map(path)
+    whole, state = _map(path)
     length = int.from_bytes(whole[:8], "little")
     start = 8 + length
     if length > limits.max_header_bytes or not 8 <= start <= len(whole) or start % layout.PAGE:
@@ -135,8 +140,8 @@ def open_shard(path: Path, limits: LlmLimits = LlmLimits()) -> Shard:
     last = layout.entries(about)[layout.EMBEDDING]
     embedding = _array(last, whole, start) if about.embedding else None
     if embedding is not None:
-        _scattered(whole.obj, start + last.offset, last.bytes)
-    return Shard(path, about, layout.block_specs(about, start), whole, places, embedding)
+        advice.scattered(whole, start + last.offset, last.bytes)  # rows are gathered; blocks are still read ahead
+    return Shard(path, about, layout.block_specs(about, start), whole, state, places, embedding)
 
 
 def digest(path: Path) -> str:
@@ -149,21 +154,21 @@ def digest(path: Path) -> str:
         raise ModelError(f"{path} cannot be read ({error}); {_AGAIN}.") from error
 
 
-def _map(path: Path) -> memoryview:
-    """The file, mapped; closing is left to the last view of it."""
+def state_of(handle: int) -> tuple[int, ...]:
+    """Which file an open descriptor is, and whether it has been written to: equal as long as neither has changed."""
+    found = os.fstat(handle)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _map(path: Path) -> tuple[memoryview, tuple[int, ...]]:
+    """The file, mapped, and its state; closing is left to the last view of it."""
     _plain(path)
     try:
         with path.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            state = state_of(file.fileno())
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), state
     except (OSError, ValueError) as error:  # ValueError: an empty file
         raise ModelError(f"{path} cannot be read ({error}); {_AGAIN}.") from error
-
-
-def _scattered(mapped: Any, offset: int, size: int) -> None:
-    """Rows are gathered here and there: what lies beside one need not be read. Blocks are still read ahead."""
-    first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE  # not a page of the block before
-    if hasattr(mmap, "MADV_RANDOM") and offset + size > first:
-        mapped.madvise(mmap.MADV_RANDOM, first, offset + size - first)
 
 
 def _plain(path: Path) -> None:
