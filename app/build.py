@@ -309,7 +309,7 @@ def _torch_trainer(experiment: Experiment, dataset: Dataset) -> Trainer:
     except ImportError as error:
         if error.name != "torch":
             raise
-        raise ExperimentError("This model needs PyTorch, which is not installed; pip install 'fedge[torch]'.") from None
+        raise ExperimentError("This model needs PyTorch; pip install '.[torch]' in fedge's folder.") from None
     client = experiment.client
     return TorchTrainer(
         registry.load(experiment.model.factory, "model.factory"),

@@ -30,7 +30,7 @@ HINT = "write it with numpy.save, one input or a batch of them"
 def needs(module: str, extra: str) -> None:
     """Raises ExperimentError where a package that an extra brings is not installed."""
     if importlib.util.find_spec(module) is None:
-        raise ExperimentError(f"This needs {module}; install it with: pip install 'fedge[{extra}]'.")
+        raise ExperimentError(f"This needs {module}; install it with: pip install '.[{extra}]' in fedge's folder.")
 
 
 # ---- models ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Owns arguments and what is printed. Must never hold logic.
 """
 
+import logging
 import os
 import platform
 import sys
@@ -184,12 +185,17 @@ def serve(
     """Serve a model by OpenAI's HTTP API. The key that it asks for is in the environment, FEDGE_API_KEY."""
     from fedge import llm_inputs, llm_runs
     from fedge.edge.llm.api.http_gate import check_key
+    from fedge.edge.llm.api.http_server import check
     from fedge.llm import Engine
 
     api_key = os.environ.get(API_KEY) or None
     check_key(api_key)
+    check(listen, api_key is not None)
     room = llm_inputs.memory(memory)
     secure, key = llm_inputs.make_ticket(ticket)
+    logging.getLogger("fedge").setLevel(logging.INFO)  # who joins and leaves, and who computes
+    if devices:
+        note(f"waiting for {devices} devices on {control}")
     engine = Engine(
         model,
         ranks=ranks,
@@ -210,6 +216,8 @@ def serve(
     )
     with engine:
         note(f"ranks: {', '.join(engine.group.names)}; context {engine.context}; {kind}")
+        if idle := devices + ranks - len(engine.group.names):
+            note(f"{idle} of {devices + ranks} are left out: a token should take less without them; --all uses all")
         llm_runs.serve(engine, listen, name or model.resolve().name, api_key, note)
 
 
@@ -397,7 +405,8 @@ def chat(
         chats.chat(client, sys.stdin, sys.stdout, figures=figures, **chosen)
         return
     answer = chats.ask(client, ask, **chosen)
-    say(answer, json, chats.plain(answer["answer"]))
+    times = f"\n({answer['ttft_s']:.2f} s to the first token, {answer['tokens_per_s']:.1f} tokens/s)"
+    say(answer, json, chats.plain(answer["answer"]) + (times if figures else ""))
 
 
 def _range(ends: tuple[int, int]) -> str:

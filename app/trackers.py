@@ -22,7 +22,7 @@ class TensorBoard:
             from tensorboard.summary import Writer
         except ImportError:
             raise ExperimentError(
-                "report.to: TensorBoard is not installed; pip install 'fedge[tensorboard]', or leave it out."
+                "report.to: TensorBoard is missing; pip install '.[tensorboard]' in fedge's folder, or leave it out."
             ) from None
         self._writer = Writer(str(folder / "tensorboard"))
 

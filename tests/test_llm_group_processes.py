@@ -94,7 +94,7 @@ def test_a_child_that_cannot_work_ends_the_start_with_its_sentence(model, tmp_pa
 
 
 def test_no_ranks_are_refused(model, tmp_path):
-    with pytest.raises(ExperimentError, match="ask for 1 at least"):
+    with pytest.raises(ExperimentError, match="ask for 1 to 64"):
         WholeEngine(model, ranks=0, store=tmp_path / "store")
 
 

@@ -412,7 +412,7 @@ def test_a_window_holds_what_the_memory_cannot(tmp_path):
     ):
         group.form(10)
         assert group.names == ("head",)
-        assert "of memory cannot hold" in group.devices()[0].detail
+        assert "cannot hold two blocks" in group.devices()[0].detail
 
 
 def test_a_head_that_comes_back_finds_its_workers(model, tmp_path):

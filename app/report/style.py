@@ -53,7 +53,9 @@ def context(name: str = "figure") -> Any:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise ExperimentError("The report draws with matplotlib; run: pip install 'fedge[plots]'.") from error
+        raise ExperimentError(
+            "The report draws with matplotlib; run: pip install '.[plots]' in fedge's folder."
+        ) from error
     settings: Any = {**_RC, "svg.hashsalt": f"fedge-{name}"}
     return mpl.rc_context(settings)
 

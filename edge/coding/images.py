@@ -17,7 +17,7 @@ SHARP = 90
 MOST_SCANS = 32  # of a JPEG; progressive files have some 10, and each scan costs a pass over all pixels
 _SCAN = b"\xff\xda"
 _SLACK_BYTES = 1 << 16  # of a file beside its pixels
-_MISSING = "Images travel as PNG or JPEG only with Pillow; `pip install 'fedge[images]'`."
+_MISSING = "Images travel as PNG or JPEG only with Pillow; `pip install '.[images]'` in fedge's folder."
 
 
 def fits(dtype: str, shape: tuple[int, ...]) -> bool:

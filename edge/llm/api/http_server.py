@@ -26,13 +26,7 @@ class Server:
     """
 
     def __init__(self, app: Starlette, listen: str, limits: LlmLimits = LlmLimits()) -> None:
-        host, port = parse(listen)
-        try:
-            check_listen(listen, app.state.protected)
-        except AddressError as error:
-            remedy = "set an API key, or listen on 127.0.0.1"
-            raise AddressError(f"{listen} can be reached by other machines; {remedy}.") from error
-        self._socket = _listener(host.strip("[]"), port, limits)
+        self._socket = _listener(listen, app.state.protected, limits)
         name, number = self._socket.getsockname()[:2]
         self.address = f"[{name}]:{number}" if ":" in name else f"{name}:{number}"
         self._server = _Uvicorn(_config(app, limits))
@@ -59,7 +53,19 @@ class Server:
         self.close()
 
 
-def _listener(host: str, port: int, limits: LlmLimits) -> socket.socket:
+def check(listen: str, protected: bool, limits: LlmLimits = LlmLimits()) -> None:
+    """Whether a server could listen there: before a model is loaded for it. Raises AddressError."""
+    _listener(listen, protected, limits).close()
+
+
+def _listener(listen: str, protected: bool, limits: LlmLimits) -> socket.socket:
+    address, port = parse(listen)
+    try:
+        check_listen(listen, protected)
+    except AddressError as error:
+        remedy = "set an API key, or listen on 127.0.0.1"
+        raise AddressError(f"{listen} can be reached by other machines; {remedy}.") from error
+    host = address.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         made = socket.create_server((host, port), family=family, backlog=limits.max_connections)

@@ -291,7 +291,7 @@ class Decoder:
         try:
             told = answer.cloud.ask(position, guesses or None, self._settings.deadline_s)
         except (AddressError, TooLate) as error:
-            log.info("The last exit answers: %s", error)
+            log.debug("The last exit answers: %s", error)
             told = None
         answer.summary.cloud_wait_s += self._clock() - began_at
         if told is None or told.accepted > len(guesses or ()) or told.token >= self._segments.config.vocab:

@@ -166,7 +166,8 @@ class Uplink:
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            trouble: FedgeError = AddressError(f"{self._address} ended the stream; it is opened again.")
+            peace = AddressError(f"{self._address} ended the stream; it is opened again.")
+            trouble: FedgeError = peace
             try:
                 self._meet()
                 self._listen()
@@ -177,6 +178,8 @@ class Uplink:
                 trouble = _meaning(error, self._address)
             except ValueError:  # gRPC's answer on a channel that has been closed
                 trouble = AddressError(f"The line to {self._address} was closed.")
+            if trouble is not peace:
+                self._warn(trouble)
             self._down(trouble)
             self._tries += 1
             ceiling_s = min(_MOST_DELAY_S, _FIRST_DELAY_S * 2.0 ** min(self._tries, 16))
@@ -214,11 +217,14 @@ class Uplink:
         finally:
             call.cancel()
 
+    def _warn(self, trouble: FedgeError) -> None:
+        """Once for every trouble of another kind, and where the line stood before."""
+        if not self._ended.is_set() and (self._stream or str(self.trouble) != str(trouble)):
+            log.warning("The cloud cannot be used, exits answer until it can: %s", trouble)
+
     def _down(self, trouble: FedgeError) -> None:
         """The stream is gone, and with it the question that was on it."""
         with self._changed:
-            if self._stream:
-                log.info("%s: %s", self._address, trouble)
             self._stream, self.trouble = 0, trouble
             if self._sequence and self._sequence.question:
                 self._sequence.question.refused = str(trouble)

@@ -42,7 +42,10 @@ def pinned(sizes: Sequence[int], memory_bytes: int) -> frozenset[int]:
             if best is None or streamed < best[0]:
                 best = streamed, frozenset(kept)
     if best is None:
-        raise ModelError(f"{memory_bytes} bytes of memory cannot hold two blocks of the shard; allow {least} or more.")
+        raise ModelError(
+            f"{memory_bytes} bytes of memory beside keys and values cannot hold two blocks of the shard; allow {least} "
+            "or more, fewer slots or a shorter context."
+        )
     return best[1]
 
 

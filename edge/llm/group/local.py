@@ -43,10 +43,10 @@ def local(
     `memory_bytes` are each rank's. Strangers on the same machine cannot join: children know a word of their own.
     Raises ExperimentError for no ranks, and as Group; `form` raises what a child that has ended at once said.
     """
-    if ranks < 1:
-        raise ExperimentError(f"{ranks} ranks cannot hold a model; ask for 1 at least.")
+    if not 1 <= ranks <= limits.max_ranks:
+        raise ExperimentError(f"{ranks} ranks cannot hold a model; ask for 1 to {limits.max_ranks}.")
     ticket = Ticket("", secrets.token_urlsafe(32))
-    memory = memory_bytes or spare_bytes() // ranks
+    memory = spare_bytes() // ranks if memory_bytes is None else memory_bytes
     store.mkdir(parents=True, exist_ok=True)
     known = speed or speeds(store)
     started: list[subprocess.Popen[bytes]] = []

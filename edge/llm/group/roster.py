@@ -3,6 +3,7 @@
 Owns the lock around the table of membership.py and one queue of orders per device. Must never know of gRPC or shards.
 """
 
+import logging
 import queue
 import threading
 import time
@@ -17,6 +18,7 @@ from fedge.edge.llm.group.membership import Event, Member, Members, Phase
 from fedge.edge.llm.group.messages import Hello, clip, dismiss
 from fedge.protos import llm_pb2 as pb
 
+log = logging.getLogger("fedge")
 T = TypeVar("T")
 _POLL_S = 0.1  # how often silence is looked for while somebody waits
 _MAX_ORDERS = 64  # that a device has not taken yet
@@ -69,9 +71,13 @@ class Roster:
             self._members = membership.enter(self._members, hello, self._clock(), self._limits)
             old = self._seats.get(seat.name)
             if old is not None:
-                old.end("REPLACED", f"Another device has come as {seat.name!r}; give each device a name of its own.")
+                old.end(
+                    "REPLACED",
+                    f"Another device has come as {seat.name!r}; give each device a name of its own (--name).",
+                )
             self._seats[seat.name] = seat
             self._changed.notify_all()
+        log.info("%s has joined", seat.name)
         return seat
 
     def leave(self, seat: Seat) -> None:
@@ -81,6 +87,7 @@ class Roster:
                 del self._seats[seat.name]
                 self._members = membership.leave(self._members, seat.name)
                 self._changed.notify_all()
+                log.info("%s has left", seat.name)
 
     def report(self, seat: Seat, told: pb.Report) -> None:
         """What a device says, Hello aside; nothing where another has taken its name."""

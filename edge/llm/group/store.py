@@ -29,7 +29,7 @@ class Store:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._lock.close()
-            raise ExperimentError(f"Another worker uses {root}; give each a folder of its own.") from error
+            raise ExperimentError(f"Another worker uses {root}; give each a name of its own (--name).") from error
         except OSError as error:
             raise ExperimentError(f"The folder {root} cannot be used ({error}); name another for shards.") from error
 

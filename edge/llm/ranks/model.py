@@ -33,6 +33,7 @@ class Model:
     def __init__(
         self, shard: Shard, blocks: Blocks, mesh: Lead, *, slots: int, context: int, limits: LlmLimits = LlmLimits()
     ) -> None:
+        self.config = shard.config
         self._mesh = mesh
         self._head = Head(shard, blocks)
         self._rank = Rank(shard, blocks, mesh, slots=slots, context=context, limits=limits)

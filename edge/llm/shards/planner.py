@@ -80,8 +80,19 @@ def plan(config: Config, kind: Kind, devices: Sequence[Device], link: Link, *, k
         if (option := _best(config, kind, order[:count], link, kv_tokens)) is not None
     ]
     if not options:
-        raise ModelError("No device has the memory for two blocks of the model; allow more, or choose int4.")
+        raise _no_room(config, kind, order[:1], kv_tokens)
     return Plan(min(options, key=lambda option: option.token_s), tuple(options))
+
+
+def _no_room(config: Config, kind: Kind, head: Sequence[Device], kv_tokens: int) -> ModelError:
+    """With the megabytes that weigh on one device alone."""
+    whole = Share((0, config.kv_heads), (0, config.ffn))
+    weights, kept = bytes_of(config, whole, kind, rank0=True), kv_bytes(config, whole, kv_tokens)
+    return ModelError(
+        f"The devices have not the memory ({head[0].memory_bytes >> 20} MB on the first): all weights take "
+        f"{weights >> 20} MB, of which two blocks must fit, and keys and values of {kv_tokens} tokens {kept >> 20} MB; "
+        "allow more, fewer slots or a shorter context."
+    )
 
 
 def _best(config: Config, kind: Kind, devices: Sequence[Device], link: Link, kv_tokens: int) -> Option | None:
