@@ -187,6 +187,12 @@ def test_memory_that_no_machine_has_is_told(
     assert (code, "is no memory that a machine can give" in err) == (2, True)
 
 
+def test_an_address_that_is_taken_is_told_before_a_model_is_opened(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, _, err = call(capsys, "serve", "nowhere", "--listen", f"127.0.0.1:{taken.getsockname()[1]}")
+    assert (code, "cannot be listened on" in err) == (6, True)
+
+
 def test_export_writes_a_file_for_every_rank(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards = told(capsys, "export", model, tmp_path / "out", "--kind", "int4", "--speeds", "1,2")["shards"]
     assert [one["file"] for one in shards] == [f"rank-{n}-of-2.int4.safetensors" for n in range(2)]
@@ -209,6 +215,7 @@ def test_export_writes_a_file_for_every_rank(model: Path, tmp_path: Path, capsys
         (["serve", "MODEL", "--listen", "0.0.0.0:0"], 6, "API key"),
         (["serve", "MODEL", "--ranks", "2", "--devices", "1"], 2, "cannot be mixed"),
         (["serve", "MODEL", "--exchange", "gossip"], 2, "no collective 'gossip'"),
+        (["serve", "MODEL", "--ranks", "100"], 2, "ask for 1 to 64"),
         (["serve", "MODEL", "--exchange", "int8", "--invariant"], 2, "leave out int8"),
         (["join", "127.0.0.1:1", "--name", "a/b"], 2, "cannot be a device's name"),
         (["join", "10.0.0.1:7450"], 2, "give the ticket"),
@@ -270,6 +277,9 @@ def test_a_model_is_served_by_two_ranks_and_asked_in_the_terminal(model: Path, t
             check=True,
         )
         assert "tokens/s" in typed.stdout
+        once = subprocess.run([*FEDGE, *asked[:-1], "--figures"], capture_output=True, check=True, text=True)
+        assert answer["answer"] in once.stdout
+        assert "s to the first token" in once.stdout
 
 
 @pytest.mark.slow

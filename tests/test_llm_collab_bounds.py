@@ -2,6 +2,7 @@
 
 import contextlib
 import queue
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -54,6 +55,19 @@ def nothing_stays_open() -> Iterator[None]:
 
 
 # ---- who is dialled --------------------------------------------------------------------------------
+
+
+def test_why_a_cloud_cannot_be_used_is_said_once(model: Cut, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    uplink = model.uplink(f"127.0.0.1:{port}")
+    try:
+        until(lambda: uplink._tries > 2)
+    finally:
+        uplink.close()
+    said = [record.getMessage() for record in caplog.records if "exits answer until it can" in record.getMessage()]
+    assert len(said) == 1
+    assert str(port) in said[0]
 
 
 @pytest.mark.parametrize("ticket", [None, Ticket("", "a token alone")])

@@ -65,7 +65,8 @@ def hello(name="x", **changes):
     return pb.Report(hello=told).SerializeToString()
 
 
-def test_two_workers_answer_like_one_rank(model, tmp_path):
+def test_two_workers_answer_like_one_rank(model, tmp_path, caplog):
+    caplog.set_level("INFO", "fedge")
     answer = alone(model, tmp_path / "alone")
     with (
         head(model, tmp_path / "head", wanted=2) as group,
@@ -80,6 +81,9 @@ def test_two_workers_answer_like_one_rank(model, tmp_path):
         group.close()
         until(lambda: any(one.startswith("waiting for the head") for one in a.states))
         assert any("dismissed: The head has ended" in one for one in a.states)
+    told = [record.getMessage() for record in caplog.records]
+    assert {"a has joined", "b has joined"} <= set(told)
+    until(lambda: "b has left" in [record.getMessage() for record in caplog.records])
 
 
 @contextmanager
