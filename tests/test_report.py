@@ -374,7 +374,7 @@ def test_a_folder_without_a_run_is_refused_in_one_sentence(tmp_path: Path) -> No
 def test_without_matplotlib_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run(tmp_path, updates=30)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ExperimentError, match=r"pip install 'fedge\[plots\]'"):
+    with pytest.raises(ExperimentError, match=r"pip install '\.\[plots\]'"):
         report.write(folder)
     assert not (folder / "report.html").exists()
 
