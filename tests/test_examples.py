@@ -33,6 +33,11 @@ PAGES = [
 ]
 EXPERIMENTS = [*EXAMPLES.rglob("*.toml"), ROOT / "app" / "starter.toml"]
 SERVED = "127.0.0.1:7443"  # where the README's devices join
+SOME_SECONDS = (  # long enough for the device that starts later
+    *("--set", "experiment.stop.seconds=15"),
+    *("--set", "experiment.stop.updates=1000000"),
+    *("--set", "experiment.stop.target=1"),
+)
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -162,8 +167,7 @@ def test_the_readmes_coordinator_and_devices_finish_together(tmp_path: Path) -> 
     joins = [line for line in words if line[0] == "join"]
     [status] = [line for line in words if line[0] == "status"]
     fedge_run("init", "lab", cwd=tmp_path)
-    stop = "--set experiment.stop.seconds=15 --set experiment.stop.updates=1000000 --set experiment.stop.target=1"
-    with serving(*serve, *stop.split(), cwd=tmp_path) as (coordinator, address):  # long enough for the slower to come
+    with serving(*serve, *SOME_SECONDS, cwd=tmp_path) as (coordinator, address):
 
         def there(line: list[str]) -> list[str]:
             assert SERVED in line
@@ -263,8 +267,11 @@ def test_the_client_script_keeps_the_training_of_the_plain_one() -> None:
 def test_the_training_scripts_federate(tmp_path: Path) -> None:
     folder = EXAMPLES / "training_script"
     assert "loss" in run(sys.executable, folder / "before.py")
-    short = ("--set", "experiment.stop.updates=6", "--set", "server.scheduler.steps=20")
-    with serving(folder / "experiment.toml", *short, "--state", tmp_path / "run") as (coordinator, address):
+    steps = ("--set", "server.scheduler.steps=20")
+    with serving(folder / "experiment.toml", *steps, *SOME_SECONDS, "--state", tmp_path / "run") as (
+        coordinator,
+        address,
+    ):
         sites = ([sys.executable, folder / "after.py", address, site, "2"] for site in ("0", "1"))
         with processes(*sites) as scripts:
             told = [script.communicate(timeout=100)[0] for script in scripts]
