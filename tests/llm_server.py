@@ -1,5 +1,7 @@
 """The HTTP server on a real socket, over a real engine and a small model of random weights."""
 
+import http.client
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from tests.llm_ranks import Plain
 
 NAME = "tiny/random"
 VOCAB = 320
+ON = {"logit_bias": {"2": -100}}  # the end token never comes
 
 
 @dataclass
@@ -78,3 +81,25 @@ def served(
             engine.close()
             model.close()
             assert not thread.is_alive(), "the server does not end"
+
+
+def call(
+    live: Served, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, str], Any]:
+    """Status, headers and JSON of one request on its own connection."""
+    line = http.client.HTTPConnection(live.address, timeout=20)
+    try:
+        kind = {"Content-Type": "application/json"} if body is not None else {}
+        line.request(method, path, body, kind | (headers or {}))
+        response = line.getresponse()
+        return response.status, dict(response.getheaders()), json.loads(response.read())
+    finally:
+        line.close()
+
+
+def is_error(status: int, answer: Any) -> bool:
+    """Whether the answer is an error, which must have OpenAI's form."""
+    error = answer["error"]
+    assert list(error) == ["message", "type", "param", "code"]
+    assert error["message"].endswith((".", "!", "?", ")"))
+    return status >= 400

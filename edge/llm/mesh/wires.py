@@ -5,7 +5,7 @@ kernel holds cannot wait for each other (`frames` takes turns). Must never know 
 
 In the clear the socket is a blocking one and the kernel keeps the time (SO_RCVTIMEO): one system call per message and
 way, where a socket with Python's own timeout makes two. Before it blocks it is asked some times, because ranks on one
-machine wait for each other more shortly than it takes to wake a thread (measured: 5 % of a token). In TLS the socket
+machine wait for each other more shortly than it takes to wake a thread. In TLS the socket
 does not block, and `poll` waits.
 """
 
