@@ -1,11 +1,20 @@
-"""What all tests share: optimised pieces go to a folder of the session, never to the user's cache; Ctrl-C works."""
+"""What all tests share: optimised pieces go to a folder of the session, never to the user's cache; Ctrl-C works; a
+thread that keeps the tests' process from its end fails them, with the stacks of all threads.
+"""
 
+import faulthandler
 import os
 import signal
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+EXIT_S = 60  # that the process may take to end once all tests have
+
+
+def pytest_unconfigure() -> None:
+    faulthandler.dump_traceback_later(EXIT_S, exit=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

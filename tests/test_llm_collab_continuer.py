@@ -3,8 +3,8 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -348,10 +348,13 @@ def test_a_session_that_says_nothing_is_forgotten(bench: Bench) -> None:
     assert bench.continuer.known(("d", "a")) == 0
 
 
-def test_what_a_device_asked_before_it_hung_up_is_not_computed(bench: Bench, cut: Halves) -> None:
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_a_device_asked_before_it_hung_up_is_not_computed(bench: Bench, cut: Halves, finished: bool) -> None:
     service = ContinueService(bench.continuer, cut.digest, LAYER, "", LlmLimits())
-    listening = serve(service, "127.0.0.1:0", None, "", LlmLimits())
-    with line(listening.address, cut.digest) as stays:
+    with ExitStack() as opened:
+        listening = serve(service, "127.0.0.1:0", None, "", LlmLimits())
+        opened.callback(listening.stop)
+        stays = opened.enter_context(line(listening.address, cut.digest))
         stays.put("a", 0, cut.states(IDS))
         stays.want("a", 9)
         bench.wait_for_pass()
@@ -360,15 +363,22 @@ def test_what_a_device_asked_before_it_hung_up_is_not_computed(bench: Bench, cut
             assert goes.known("a") == 40
             goes.want("a", 39)
             assert goes.known("a") == 40  # the question has come before
-        until = time.monotonic() + 5
-        while len(bench.continuer._queue) > 1 and time.monotonic() < until:
-            time.sleep(0.005)
-        assert len(bench.continuer._queue) == 1
+            if finished:  # it says so before it hangs up
+                goes.finish()
+                wait_until(lambda: service._streams[goes.client]._finished)
+        wait_until(lambda: len(bench.continuer._queue) == 1)
+        wait_until(lambda: list(service._streams) == [stays.client])
         stays.want("a", 10)
         stays.finish()  # who only says nothing more is answered
         with pytest.raises(queue.Empty):
             stays.told.get(timeout=0.2)
         bench.passes()
         assert [stays.hear().token for _ in range(2)] == cut.greedy(IDS)[9:11]
-    listening.stop()
     assert bench.shapes() == [[(0, 10)], [(10, 1)]]
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    until = time.monotonic() + WAIT_S
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.005)

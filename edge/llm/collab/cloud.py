@@ -77,6 +77,9 @@ class ContinueService:
             self._streams[stream.client] = stream
         if older:
             older.cut()
+        # Messages only end, as if the device still listened, where it says that it is finished before it hangs up.
+        if not context.add_callback(stream.gone):
+            stream.gone()
         threading.Thread(target=self._listen, args=(messages, stream), name="fedge-asks", daemon=True).start()
         try:
             while reply := stream.next():

@@ -51,7 +51,7 @@ class Stream:
             full = len(self._replies) > self._limits.max_untold + self._limits.max_asks
             self._changed.notify_all()
         if full:
-            self._end()
+            self.gone()
             self._cancel()
 
     def reply(self, reply: Told) -> None:
@@ -95,10 +95,16 @@ class Stream:
             self._finished = True
             self._changed.notify_all()
 
+    def gone(self) -> None:
+        """Nobody reads any more. Never waits."""
+        with self._changed:
+            self.ended = True
+            self._changed.notify_all()
+
     def end(self) -> None:
         """Take nothing more, tell nothing more; the message that is being taken comes to its end first."""
         with self.turn:
-            self._end()
+            self.gone()
 
     def cut(self) -> None:
         """End, and the call with it, even if nobody reads."""
@@ -109,8 +115,3 @@ class Stream:
         """How long the device may still say nothing; who waits for an answer may."""
         longest_s = self._limits.stream_idle_s
         return longest_s if self._open else self._heard_at + longest_s - time.monotonic()
-
-    def _end(self) -> None:
-        with self._changed:
-            self.ended = True
-            self._changed.notify_all()
