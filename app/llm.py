@@ -19,6 +19,7 @@ from fedge.edge.llm.group.division import everyone, planned
 from fedge.edge.llm.group.group import Group
 from fedge.edge.llm.group.local import local
 from fedge.edge.llm.mesh.security import Ticket
+from fedge.edge.llm.models.config import Config
 from fedge.edge.llm.models.folder import Folder, open_folder
 from fedge.edge.llm.models.template import Messages
 from fedge.edge.llm.models.tokenizer import Tokenizer
@@ -38,6 +39,14 @@ def default_store() -> Path:
     return base / "fedge" / "llm"
 
 
+def context_for(asked: int | None, config: Config) -> int:
+    """Tokens of a request, prompt and answer: as asked, else the model's, but at most MOST_CONTEXT.
+
+    Raises ExperimentError for more than the model has, and for none.
+    """
+    return min(MOST_CONTEXT, config.context) if asked is None else config.room(asked)
+
+
 class Engine:
     """Answers prompts with the model in `folder` (Hugging Face's format), by ranks that share every layer.
 
@@ -48,8 +57,9 @@ class Engine:
     is how ranks add up, where it shall not be chosen by measuring: full, doubling, star, or int8, which rounds what
     passes for several tokens at once. `invariant` admits only ways to compute in which a sequence's bits do not depend
     on who shares its passes.
-    `slots` requests run at a time, of `context` tokens each (None: the model's, at most 4096). A rank that dies is
-    replaced by the others, and answers under way go on. Raises ModelError, ExperimentError, AddressError.
+    `slots` requests run at a time, of `context` tokens each, no more than the model's (None: as many, but at most
+    4096). A rank that dies is replaced by the others, and answers under way go on. Raises ModelError, ExperimentError,
+    AddressError.
     """
 
     def __init__(
@@ -78,8 +88,8 @@ class Engine:
         self._opened = contextlib.ExitStack()
         try:
             self.folder: Folder = self._opened.enter_context(open_folder(Path(folder), limits))
+            self.context = context_for(context, self.folder.config)
             self.tokenizer = Tokenizer(Path(folder), limits)
-            self.context = min(context or MOST_CONTEXT, self.folder.config.context)
             settings: dict[str, Any] = {
                 "kind": kind,
                 "store": store or default_store(),

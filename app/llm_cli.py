@@ -72,11 +72,11 @@ def plan(
     from fedge import llm_inputs
     from fedge.edge.llm.models import config as configs
     from fedge.edge.llm.shards import planner
-    from fedge.llm import MOST_CONTEXT
+    from fedge.llm import context_for
 
     config = configs.read(model)
+    tokens = slots * context_for(context, config)  # as `serve` keeps them
     group = llm_inputs.devices(devices, ranks, llm_inputs.kind(kind), llm_inputs.memory(memory))
-    tokens = slots * min(context or MOST_CONTEXT, config.context)  # as `serve` keeps them
     link = llm_inputs.link(bandwidth, rtt)
     planned = partial(planner.plan, config, llm_inputs.kind(kind), group, kv_tokens=tokens)
     found = planned(link)
@@ -196,25 +196,27 @@ def serve(
     logging.getLogger("fedge").setLevel(logging.INFO)  # who joins and leaves, and who computes
     if devices:
         note(f"waiting for {devices} devices on {control}")
-    engine = Engine(
-        model,
-        ranks=ranks,
-        kind=llm_inputs.kind(kind),
-        memory_bytes=room,
-        slots=slots,
-        context=context,
-        store=store,
-        devices=devices,
-        listen=control if devices else "127.0.0.1:0",
-        ticket=secure,
-        key=key,
-        data_port=data_port,
-        kernel=kernel,
-        exchange=exchange,
-        invariant=invariant,
-        use_all=use_all,
-    )
-    with engine:
+    with (
+        llm_runs.ending_at_sigterm(),
+        Engine(
+            model,
+            ranks=ranks,
+            kind=llm_inputs.kind(kind),
+            memory_bytes=room,
+            slots=slots,
+            context=context,
+            store=store,
+            devices=devices,
+            listen=control if devices else "127.0.0.1:0",
+            ticket=secure,
+            key=key,
+            data_port=data_port,
+            kernel=kernel,
+            exchange=exchange,
+            invariant=invariant,
+            use_all=use_all,
+        ) as engine,
+    ):
         note(f"ranks: {', '.join(engine.group.names)}; context {engine.context}; {kind}")
         if idle := devices + ranks - len(engine.group.names):
             note(f"{idle} of {devices + ranks} are left out: a token should take less without them; --all uses all")

@@ -5,6 +5,8 @@ Must never parse arguments or print.
 
 import contextlib
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -13,7 +15,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from fedge.core.errors import ExperimentError, ModelError
+from fedge.core.errors import ModelError
 from fedge.edge.llm.api import http
 from fedge.edge.llm.api.http_server import Server
 from fedge.edge.llm.collab import device as collab_device
@@ -30,7 +32,7 @@ from fedge.edge.llm.models.folder import open_folder
 from fedge.edge.llm.models.tokenizer import Tokenizer
 from fedge.edge.llm.shards.quant import Kind
 from fedge.edge.runtime.memory import Resident, resident
-from fedge.llm import COME_S, default_store
+from fedge.llm import COME_S, context_for, default_store
 
 # What a tokenizer needs of a model's folder; the device's half takes copies of those there are.
 TOKENIZER = (
@@ -55,6 +57,16 @@ class Served(Protocol):
         """Figures."""
 
 
+@contextlib.contextmanager
+def ending_at_sigterm() -> Iterator[None]:
+    """SIGTERM ends in order what runs in here, also while it starts: as Ctrl-C does, but the exit code is 0."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def serve(engine: Served, listen: str, name: str, api_key: str | None, on_listening: Callable[[str], None]) -> None:
     """Until SIGINT or SIGTERM. Raises AddressError where nobody may or can listen there."""
     app = http.app(engine, engine.tokenizer, name, api_key=api_key)
@@ -72,12 +84,12 @@ def bench(
     """
     context = prompt + tokens
     settings: dict[str, Any] = {"kind": kind, "store": store or default_store(), "memory_bytes": memory_bytes}
-    settings |= {"slots": 1, "context": context, "divide": everyone}
-    with open_folder(folder) as opened, local(opened, ranks, **settings) as group:
-        vocab, longest = opened.config.vocab, opened.config.context
-        if context > longest:
-            raise ExperimentError(f"{context} tokens do not fit the model's context of {longest}; ask for fewer.")
-        model = group.form(COME_S)
+    settings |= {"slots": 1, "divide": everyone}
+    with (
+        open_folder(folder) as opened,
+        local(opened, ranks, context=context_for(context, opened.config), **settings) as group,
+    ):
+        vocab, model = opened.config.vocab, group.form(COME_S)
         with contextlib.closing(
             engines.Engine(model, vocab=vocab, slots=1, context=context, speculate=False)
         ) as engine:

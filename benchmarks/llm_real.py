@@ -98,10 +98,11 @@ def _fedge(
 
 def _transformers(path: Path, prompt: Sequence[int]) -> tuple[Array, list[int]]:
     import torch
-    from transformers import AutoModelForCausalLM, DynamicCache
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    past = DynamicCache(config=model.config)
+    from benchmarks.llm_transformers import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    past = transformers.DynamicCache(config=model.config)
     with torch.inference_mode():
         found: Array = model(torch.tensor([list(prompt)]), past_key_values=past, use_cache=True).logits[0].numpy()
         ids = [int(found[-1].argmax())]

@@ -37,20 +37,21 @@ def timed(following: Next, prompt: Sequence[int], tokens: int) -> dict[str, Any]
 def transformers(folder: str, dtype: str, offload: str | None = None) -> Next:
     """`offload` is a folder for what accelerate cannot read from the model's own file."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+    from benchmarks.llm_transformers import transformers as library
 
     more: dict[str, Any] = {}
     if offload is not None:
-        layers = AutoConfig.from_pretrained(folder).num_hidden_layers
+        layers = library.AutoConfig.from_pretrained(folder).num_hidden_layers
         places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
         places |= {f"model.layers.{layer}": "disk" for layer in range(layers)}
         more = {"device_map": places, "offload_folder": offload}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **more).eval()
+    model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **more).eval()
     past: list[Any] = [None]
 
     def following(ids: Sequence[int], at: int) -> int:
         if at == 0:
-            past[0] = DynamicCache(config=model.config)
+            past[0] = library.DynamicCache(config=model.config)
         with torch.inference_mode():
             given = torch.tensor([list(ids)])
             found = model(input_ids=given, past_key_values=past[0], use_cache=True, logits_to_keep=1)

@@ -193,6 +193,30 @@ def test_an_address_that_is_taken_is_told_before_a_model_is_opened(capsys: pytes
     assert (code, "cannot be listened on" in err) == (6, True)
 
 
+def test_a_context_that_the_model_has_not_is_refused_before_anything_is_loaded(
+    model: Path, devices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def loaded(*_: Any, **__: Any) -> Any:
+        raise AssertionError("loaded")
+
+    for name in ("Tokenizer", "local", "Group"):
+        monkeypatch.setattr(fedge.llm, name, loaded)
+    for words in (
+        ["plan", model, "--devices", devices],
+        ["serve", model, "--store", tmp_path, "--listen", "127.0.0.1:0"],
+    ):
+        assert call(capsys, *words, "--context", "257")[::2] == (
+            2,
+            "error: 257 tokens do not fit the model's context of 256; ask for 1 to 256.\n",
+        )
+        assert call(capsys, *words, "--context", "0")[0] == 2
+    assert not any(tmp_path.iterdir())
+    for context in (0, -1):
+        with pytest.raises(fedge.llm.ExperimentError, match="ask for 1 to 256"):
+            fedge.llm.Engine(model, context=context)
+    assert len(told(capsys, "plan", model, "--devices", devices, "--context", "256")["options"]) == 2
+
+
 def test_export_writes_a_file_for_every_rank(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards = told(capsys, "export", model, tmp_path / "out", "--kind", "int4", "--speeds", "1,2")["shards"]
     assert [one["file"] for one in shards] == [f"rank-{n}-of-2.int4.safetensors" for n in range(2)]
@@ -284,7 +308,8 @@ def test_a_model_is_served_by_two_ranks_and_asked_in_the_terminal(model: Path, t
 
 @pytest.mark.slow
 def test_a_device_joins_a_head_that_waits_for_it(model: Path, tmp_path: Path) -> None:
-    control = "127.0.0.1:7459"
+    with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as other:
+        port, control = free.getsockname()[1], f"127.0.0.1:{other.getsockname()[1]}"
     head = [
         "serve",
         model,
@@ -300,8 +325,6 @@ def test_a_device_joins_a_head_that_waits_for_it(model: Path, tmp_path: Path) ->
         "--store",
         tmp_path / "head",
     ]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     words = ["join", control, "--name", "pi", "--memory", "200", "--data-port", port, "--store", tmp_path / "pi"]
     worker = subprocess.Popen([*FEDGE, *map(str, words)], stderr=subprocess.DEVNULL)
     try:

@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -133,10 +134,31 @@ def test_a_server_that_is_told_to_end_ends_its_ranks_and_dismisses_others(tmp_pa
                 line.close()
                 os.killpg(server.pid, how)
                 rest = server.stderr.read()
-                assert server.wait(30) == code
+                assert server.wait(60) == code
             assert "Traceback" not in rest
             assert "lost" not in rest
         assert worker.poll() is None
+
+
+@pytest.mark.slow
+def test_a_server_that_is_told_to_end_while_ranks_load_waits_for_them_first(tmp_path):
+    words = ["serve", str(folder(tmp_path, vocab=320)), "--ranks", "2", "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "fedge", "llm", *words, "--store", str(tmp_path / "store")],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        said = []
+        while "local-1 has joined" not in (said or [""])[-1]:
+            said.append(server.stderr.readline())
+            assert said[-1], "".join(said)
+        (rank,) = children(server.pid)
+        server.terminate()
+        rest = server.stderr.read()
+        assert server.wait(60) == 0, rest
+    assert "Traceback" not in rest
+    with pytest.raises(ProcessLookupError):
+        os.kill(rank, 0)
 
 
 @pytest.mark.slow
@@ -162,7 +184,7 @@ def test_a_worker_lost_in_prefill_or_while_decoding_changes_no_token(model, tmp_
             slow_down(formed, lambda: os.kill(processes[1].pid, how))
         with answering(group, formed) as engine:
             handle = ask(engine, 40, on_piece=on_piece)
-            until(lambda: came and came[-1].finish is not None, 30)
+            until(lambda: came and came[-1].finish is not None, 60)
             assert came[-1].finish == "length", came[-1].error
             assert [piece.token for piece in came if piece.token is not None] == answer
             assert handle.usage
@@ -172,7 +194,7 @@ def test_a_worker_lost_in_prefill_or_while_decoding_changes_no_token(model, tmp_
         if how == signal.SIGSTOP:
             assert len(group.devices()) in (1, 2)
             os.kill(processes[1].pid, signal.SIGCONT)
-            until(group.better, 20)
+            until(group.better, 60)
             assert greedy(group.recover(), 40) == answer
             assert len(group.names) == 3
 
@@ -204,7 +226,7 @@ def test_a_worker_lost_while_it_loads_is_done_without(model, tmp_path, how, monk
         return find(self, digest)
 
     monkeypatch.setattr(groups.Cuts, "find", strike)
-    limits = replace(LIMITS, silence_s=1.0)
+    limits = replace(LIMITS, silence_s=3.0)
     with opened(tmp_path, model, wanted=2, limits=limits) as group, contextlib.ExitStack() as children:
         for name in "ba":  # the one that is hit has the higher rank, and the other is not ready yet
             processes[name] = children.enter_context(worker(group, tmp_path, name))
@@ -214,7 +236,7 @@ def test_a_worker_lost_while_it_loads_is_done_without(model, tmp_path, how, monk
         assert group.names == ("head", "b")
         if how == signal.SIGSTOP:
             os.kill(processes["a"].pid, signal.SIGCONT)
-            until(lambda: "a" in {one.name for one in group.devices()}, 20)
+            until(lambda: "a" in {one.name for one in group.devices()}, 60)
 
 
 @pytest.mark.slow
@@ -229,7 +251,7 @@ def test_a_worker_that_comes_back_is_used_again_between_requests(model, tmp_path
                 assert tokens(ask(engine, 20)) == answer
             assert group.names == ("head",)
         with worker(group, tmp_path):
-            until(group.better, 20)
+            until(group.better, 60)
             with answering(group, group.improve()) as engine:
                 assert tokens(ask(engine, 20)) == answer
             assert group.names == ("head", "a")
@@ -299,17 +321,23 @@ with head(Path({str(model)!r}), tmp / "head", ticket=Ticket("", WORD), wanted=2,
             assert line[2].strip() == f"['b', 'child', 'head'] {answer}"
             first.kill()
             first.wait()
-            until(lambda: not alive(int(line[1])), 20)
+            until(lambda: not alive(int(line[1])), 60)
             with start(address) as second:
                 assert second.stdout.readline().split(" ", 2)[2].strip() == f"['b', 'child', 'head'] {answer}"
                 second.stdin.close()
-                second.wait(20)
+                second.wait(60)
             assert mine.poll() is None
 
 
 def free_address():
     with socket.create_server(("127.0.0.1", 0)) as sock:
         return f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+def children(pid):
+    """The numbers of a process's own."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(one) for each in lists for one in each.read_text().split()]
 
 
 def alive(pid):

@@ -240,6 +240,7 @@ def test_what_changes_nothing_is_ignored(live, client):
         ([*HI, {"role": "assistant", "content": None}], "messages[1].content"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "messages[0].content"),
         ([{"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": "", "function_call": {"name": "f"}}], "messages[0].function_call"),
     ],
 )
 def test_messages_that_cannot_be_read_are_named(client, messages, param):
@@ -366,7 +367,7 @@ def test_fifty_users_get_what_each_gets_alone_while_ten_hang_up(tmp_path):
         events = [json.loads(event[6:]) for event in data.decode().split("\n\n")[:-2]]
         return "".join(event["choices"][0]["text"] for event in events)
 
-    with served(tmp_path, wrap=lambda model: Slow(model, 0.002)) as live:
+    with served(tmp_path, wrap=lambda model: Slow(model, 0.004)) as live:
         answers = [None] * 50
 
         def one(at):
@@ -398,7 +399,7 @@ def test_a_request_ends_when_its_client_hangs_up(tmp_path, stream, rudely):
         line.close()
         stats = live.settle()
         assert stats["finished_cancelled"] == 3
-        assert stats["generated_tokens"] < 100
+        assert stats["generated_tokens"] < 300  # of 450
 
 
 def test_those_who_dawdle_lose_their_connection_and_nobody_else_waits(tmp_path):
@@ -506,7 +507,7 @@ def test_a_request_that_fails_says_whether_to_come_again_and_no_path(tmp_path, e
 
 def test_too_many_are_told_to_come_again(tmp_path):
     limits = LlmLimits(max_requests=3)
-    with served(tmp_path, limits=limits, slots=1, wrap=lambda model: Slow(model, 0.02)) as live:
+    with served(tmp_path, limits=limits, slots=1, wrap=lambda model: Slow(model, 0.05)) as live:
         with openai.OpenAI(base_url=live.url + "/v1", api_key="x", max_retries=0) as client:
             asked = {"model": NAME, "prompt": "a", "max_tokens": 100} | ON
             stream = client.completions.create(**asked, n=2, stream=True)

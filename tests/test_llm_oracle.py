@@ -1,7 +1,6 @@
 """The reference of all language-model tests against transformers, on folders that transformers itself has written."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,18 +54,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def classes(family: str) -> tuple[Any, Any]:
-    """Config and model of transformers. It would load torchvision, for images: one that does not fit torch must not
-    matter here."""
-    hidden = "torchvision" not in sys.modules
-    if hidden:
-        sys.modules["torchvision"] = None  # type: ignore[assignment]
-    try:
-        import transformers
+    """Config and model of transformers."""
+    from benchmarks.llm_transformers import transformers
 
-        return getattr(transformers, f"{family}Config"), getattr(transformers, f"{family}ForCausalLM")
-    finally:
-        if hidden:
-            del sys.modules["torchvision"]
+    return getattr(transformers, f"{family}Config"), getattr(transformers, f"{family}ForCausalLM")
 
 
 def build(family: str, fields: dict[str, Any]) -> Any:
@@ -187,8 +178,9 @@ TURNS = """{{ bos_token }}{% set loop_messages = messages[1:] %}
 
 @pytest.mark.parametrize("source", [CHATML, TURNS])
 def test_templates_render_as_in_transformers(source: str) -> None:
-    classes("Llama")
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from benchmarks.llm_transformers import transformers
+
+    render_jinja_template = transformers.utils.chat_template_utils.render_jinja_template
 
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     wanted = render_jinja_template([CHAT], chat_template=source, add_generation_prompt=True, **special)[0][0]

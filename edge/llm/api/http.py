@@ -107,7 +107,7 @@ def _guarded(answer: Callable[[Request], Awaitable[ASGIApp]]) -> Callable[[Reque
 async def _unrouted(request: Request, error: Exception) -> Response:
     """No such path, or another method."""
     found = error if isinstance(error, HTTPException) else HTTPException(500)
-    says = {404: "There is no such path here; use those of OpenAI's API, /v1/chat/completions for one."}
+    says = {404: "There is no such path here; use /v1/chat/completions, /v1/completions or /v1/models."}
     says[405] = f"{request.method[:20]} is not possible here; use the method of OpenAI's API."
     message = says.get(found.status_code, "The request failed; try again.")
     return ApiError(found.status_code, message, headers=found.headers).response()

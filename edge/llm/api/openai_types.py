@@ -60,6 +60,7 @@ class _Message(msgspec.Struct):
     content: str | list[_Part] | None = None
     name: str | None = None
     tool_calls: list[Any] | None = None
+    function_call: dict[str, Any] | None = None
 
 
 class _Common(msgspec.Struct, kw_only=True):
@@ -176,8 +177,9 @@ def _message(message: _Message, at: int) -> dict[str, str]:
     where, role = f"messages[{at}]", message.role
     if role not in ("system", "developer", "user", "assistant"):
         raise bad(f"The role {role[:50]!r} is not supported; use system, user or assistant.", f"{where}.role")
-    if message.tool_calls:
-        raise bad("Calls of tools are not supported; leave them out.", f"{where}.tool_calls")
+    for calls in ("tool_calls", "function_call"):
+        if getattr(message, calls):
+            raise bad("Calls of tools are not supported; leave them out.", f"{where}.{calls}")
     if message.content is None:
         raise bad("A message has no content; send a text.", f"{where}.content")
     parts = [_Part("text", message.content)] if isinstance(message.content, str) else message.content

@@ -167,7 +167,7 @@ def cloud_at(
     ExperimentError and ModelError.
     """
     shard = _upper(open_shard(path))
-    longest = min(context or shard.config.context, shard.config.context)
+    longest = shard.config.room(context)
     with contextlib.ExitStack() as opened:
         blocks = Resident(shard, kernel_for(shard, kernel, limits, invariant=True))
         opened.callback(blocks.close)

@@ -38,12 +38,12 @@ def device(
     """
     shards, found = halves.edge(limits)
     fastest = kernel_for(shards[0], kernel, limits, invariant=True)
-    longest = shards[0].config.context
+    longest = shards[0].config.room(context)
     with contextlib.ExitStack() as opened:
         segments = Segments(
             shards,
             lambda shard: Resident(shard, fastest),
-            context=min(context or longest, longest),
+            context=longest,
             limits=limits,
         )
         opened.callback(segments.close)

@@ -23,6 +23,7 @@ from fedge.core.errors import DataError, ExperimentError, ModelError
 from fedge.core.limits import LlmLimits
 from fedge.core.params import Array
 from fedge.edge.exits.calibrate import COLDEST, HOTTEST
+from fedge.edge.files import replacing
 from fedge.edge.llm.models.config import Config
 from fedge.edge.llm.models.folder import NORM, Folder
 from fedge.edge.llm.models.mapped import Mapped
@@ -166,13 +167,8 @@ def save(path: Path, found: Exits) -> None:
         for one in found.exits
         for name in _TENSORS
     }
-    beside = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(serialise(tensors, {METADATA: about}))
-        beside.replace(path)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be written ({error}); free some space or name another folder.") from error
+    with replacing(path) as file:
+        file.write(serialise(tensors, {METADATA: about}))
 
 
 def load(path: Path, limits: LlmLimits = LlmLimits()) -> Exits:

@@ -18,6 +18,7 @@ import msgspec
 
 from fedge.core.errors import ModelError
 from fedge.core.limits import LlmLimits
+from fedge.edge.files import replacing
 from fedge.edge.llm.collab import exits as exit_files
 from fedge.edge.llm.collab.exits import Exits
 from fedge.edge.llm.models.folder import Folder, open_folder
@@ -102,7 +103,6 @@ def cut(
         hidden = {one.norm.shape for one in found.exits}
         if found.model != opened.digest or hidden != {(opened.config.hidden,)}:
             raise ModelError(f"The exits are those of another model than {folder}; train exits for this one.")
-        _describe(out / DESCRIPTION, b"")  # no moment at which it names other files than there are
         for at, span in enumerate(pairwise((0, *found.layers))):
             _export(opened, out / _segment(at), span, edge_kind, span[1] == found.layers[-1], progress)
         exit_files.save(out / EXITS, found)
@@ -110,7 +110,8 @@ def cut(
     names = [*(_segment(at) for at in range(len(found.layers))), EXITS, CLOUD]
     files = {name: shards.digest(out / name) for name in names}
     description = _Description(found.model, found.layers, files)
-    _describe(out / DESCRIPTION, msgspec.json.format(msgspec.json.encode(description)))
+    with replacing(out / DESCRIPTION) as file:  # last: till then the old one names none of the new files
+        file.write(msgspec.json.format(msgspec.json.encode(description)))
     return Halves(out, found.model, found.layers, files)
 
 
@@ -128,15 +129,6 @@ def open_halves(path: Path, limits: LlmLimits = LlmLimits()) -> Halves:
     if found.format != FORMAT or not layers or not rising or layers[-1] >= limits.max_layers:
         raise ModelError(f"{file} is of format {found.format}, not {FORMAT}, or its exits do not rise; {_AGAIN}.")
     return Halves(path, found.model, layers, found.files)
-
-
-def _describe(path: Path, text: bytes) -> None:
-    """Write the description. Raises ModelError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be written ({error}); free some space or name another folder.") from error
 
 
 def _segment(number: int) -> str:

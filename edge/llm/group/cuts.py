@@ -17,6 +17,7 @@ import msgspec
 
 from fedge.core.errors import ModelError
 from fedge.core.limits import LlmLimits
+from fedge.edge.files import replacing
 from fedge.edge.llm.models.folder import Folder
 from fedge.edge.llm.shards.layout import bytes_of
 from fedge.edge.llm.shards.quant import Kind
@@ -141,12 +142,8 @@ def _read(home: Path) -> list[Cut]:
 
 
 def _write(home: Path, cuts: Sequence[Cut]) -> None:
-    beside = home / f"{INDEX}.part"
-    try:
-        beside.write_bytes(msgspec.json.encode([_Entry(one.path.name, one.digest, one.bytes) for one in cuts]))
-        beside.replace(home / INDEX)
-    except OSError as error:
-        raise ModelError(f"{home} cannot be written ({error}); free some space or name another folder.") from error
+    with replacing(home / INDEX) as file:
+        file.write(msgspec.json.encode([_Entry(one.path.name, one.digest, one.bytes) for one in cuts]))
 
 
 def _touch(home: Path) -> None:

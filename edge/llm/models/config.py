@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from fedge.core.errors import ModelError
+from fedge.core.errors import ExperimentError, ModelError
 from fedge.core.limits import LlmLimits
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -64,6 +64,18 @@ class Config:
     def group(self) -> int:
         """Query heads per key/value head."""
         return self.heads // self.kv_heads
+
+    def room(self, asked: int | None) -> int:
+        """Tokens of a prompt and its answer: as `asked`, None for as many as the model can.
+
+        Raises ExperimentError for more than those, and for none.
+        """
+        if asked is None:
+            return self.context
+        if not 1 <= asked <= self.context:
+            has = self.context
+            raise ExperimentError(f"{asked} tokens do not fit the model's context of {has}; ask for 1 to {has}.")
+        return asked
 
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]

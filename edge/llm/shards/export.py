@@ -5,8 +5,6 @@ appears under its name when it is complete and on disk. Owns which rows and colu
 read a shard.
 """
 
-import os
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +13,9 @@ from typing import BinaryIO, cast
 import msgspec
 import numpy as np
 
-from fedge.core.errors import ExperimentError, ModelError
+from fedge.core.errors import ExperimentError
 from fedge.core.params import Array
+from fedge.edge.files import replacing
 from fedge.edge.llm.models.folder import EMBEDDING, HEAD, NORM, Folder
 from fedge.edge.llm.shards import layout
 from fedge.edge.llm.shards.about import About, Share, Stored, fault
@@ -61,7 +60,8 @@ def export(
     sizes = [_header(about)[1] for about in abouts]
     paths = [out / _name(about) for about in abouts]
     for rank, (path, about) in enumerate(zip(paths, abouts)):
-        _replace(path, _Writer(folder, about, sum(sizes[:rank]), sum(sizes), progress).write)
+        with replacing(path) as file:
+            _Writer(folder, about, sum(sizes[:rank]), sum(sizes), progress).write(file)
     return paths
 
 
@@ -202,25 +202,3 @@ def _put(file: BinaryIO, block: BlockSpec, place: Place, rows: Array, first: int
     if rows.size:
         file.seek(block.offset + place.offset + first * (rows.nbytes // len(rows)))
         file.write(np.ascontiguousarray(rows).data)
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file beside `path`, bring it to disk and give it its name. Raises ModelError."""
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")  # another process may write the same
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with beside.open("xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be written ({error}); free some space or name another folder.") from error
