@@ -317,9 +317,13 @@ def _told(path: str, answer: "Answer", bundle: "Bundle") -> dict[str, Any]:
 
 
 def _names_class(answer: "Answer", bundle: "Bundle") -> bool:
-    """Whether the output is one row of logits. Those of an exit may be of other classes, as a prefilter's are."""
+    """Whether the output is one row of logits that name a class. Those of an exit may be of other classes, as a
+    prefilter's are.
+    """
+    from fedge.edge.exits.rules import sound
+
     output, (final, *_) = answer.output, bundle.boundaries[-1].tensors
-    if output is None or output.ndim != 2 or output.shape[0] != 1 or output.shape[1] < 2:
+    if output is None or output.ndim != 2 or output.shape[0] != 1 or output.shape[1] < 2 or not sound(output):
         return False
     return not answer.label.startswith("exit:") or output.shape[1] == final.shape[-1]
 

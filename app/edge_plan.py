@@ -59,7 +59,9 @@ def _planned(
     def at(known: Path | None) -> Profile:
         return profile.load(known) if known else here()
 
-    found = options.build(bundle, _slowed(at(device), slower), at(cloud))
+    own = at(device)
+    planner.check_memory(own, bounds)
+    found = options.build(bundle, _slowed(own, slower), at(cloud))
     if bounds.accuracy is not None and all(option.accuracy is None for option in found):
         raise ExperimentError("No accuracy of this model is known; export it with --data, or leave out --accuracy.")
     return planner.plan(found, link, bounds)

@@ -21,7 +21,7 @@ from fedge.edge import bundle as bundles
 from fedge.edge.bundle import INPUT, OUTPUT, Boundary, Bundle, Exit, Sent
 from fedge.edge.coding import codings
 from fedge.edge.exits.calibrate import choose_thresholds, evaluate, temperature
-from fedge.edge.exits.rules import check_rule
+from fedge.edge.exits.rules import check_rule, naming
 from fedge.edge.runtime.sessions import Runner, open_piece
 from fedge.edge.runtime.tensors import check
 
@@ -39,6 +39,8 @@ Judge = Callable[[Array, Array], Array]
 def same_class(output: Array, truth: Array) -> Array:
     """Which of the samples' logits [n, C >= 2] name the class [n], or the class that other logits [n, C] name.
 
+    Those that are NaN name none.
+
     Raises DataError where the output names no class, or the truth is neither.
     """
     if not _names(output):
@@ -46,7 +48,7 @@ def same_class(output: Array, truth: Array) -> Array:
             f"The model's output has the shape {list(output.shape)} and names no class of each sample; "
             "go without held-out data, or call assess with a judge of your own."
         )
-    right: Array = output.argmax(axis=1) == _classes(output, truth)
+    right: Array = (output.argmax(axis=1) == _classes(output, truth)) & naming(output)
     return right
 
 
@@ -143,7 +145,7 @@ def _wanted(bundle: Bundle, tried: Mapping[str, Sequence[str]]) -> dict[str, tup
     names = [boundary.name for boundary in bundle.boundaries[:-1]]
     if unknown := [name for name in tried if name not in names]:
         raise ExperimentError(f"Nothing can be sent at {unknown[0]!r}; the bundle has {', '.join(names)}.")
-    for coding in (coding for named in tried.values() for coding in named):
+    for coding in (coding for several in tried.values() for coding in several):
         codings.check(coding)
     return {one.name: tuple(tried.get(one.name, suited(one))) for one in bundle.boundaries[:-1]}
 

@@ -5,7 +5,7 @@ waits at most `batch_wait_s` for others, and not at all while a batch is full. W
 State is explicit and time an argument. Must never decode, run or send anything, or look at a clock.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -62,6 +62,10 @@ class Batcher(Generic[T]):
         taken = {id(one) for one in batch}
         self._keep([one for one in self.queue if id(one) not in taken])
         return batch
+
+    def drop(self, unwanted: Callable[[T], bool]) -> None:
+        """Take out what nobody wants any more."""
+        self._keep([one for one in self.queue if not unwanted(one.work)])
 
     def wake_at(self) -> float:
         """When `ready` or `expired` may have something, if nothing else comes; infinite for an empty queue."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedge.core.errors import FedgeError, ModelError, OurFault
+from fedge.core.errors import FedgeError, ModelError, OurFault, RefusedTensor
 from fedge.core.limits import EdgeLimits
 from fedge.core.params import Array
 from fedge.edge.bundle import LARGE_BYTES, OUTPUT, Bundle, Piece, Tensor
@@ -73,16 +73,22 @@ class Engine:
         try:
             stacked = [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in zip(*samples)]
             outputs = self._runners[piece.start].run(dict(zip(names, stacked)))
-            return _shares(
-                self._outputs, outputs, [sample[0].shape[0] for sample in samples] if len(samples) > 1 else []
-            )
+            rows = [sample[0].shape[0] for sample in samples] if len(samples) > 1 else []
+            return [self._sendable(share) for share in _shares(self._outputs, outputs, rows)]
         except Exception as error:
             if len(samples) == 1:
                 return [_fault(error)]
             return [outcome for sample in samples for outcome in self._run(piece, [sample])]
 
+    def _sendable(self, outputs: tuple[Coded, ...]) -> Outcome:
+        """The outputs, unless no message holds them: one that is too large takes the whole stream with it."""
+        size, most = sum(coded.size_bytes for coded in outputs), self._limits.max_tensor_bytes
+        if size <= most:
+            return outputs
+        return RefusedTensor(f"The answer has {size} bytes, at most {most} are sent; ask for fewer samples at a time.")
 
-def _shares(tensors: Sequence[Tensor], outputs: Mapping[str, Array], rows: Sequence[int]) -> list[Outcome]:
+
+def _shares(tensors: Sequence[Tensor], outputs: Mapping[str, Array], rows: Sequence[int]) -> list[tuple[Coded, ...]]:
     """What of the outputs, coded, belongs to each sample of so many rows; all to one where no rows are given."""
     columns = []
     for tensor in tensors:

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from concurrent.futures import TimeoutError as NoReply
 from dataclasses import dataclass
 
-import numpy as np
-
 from fedge.core.errors import AddressError, FedgeError, RefusedTensor, TooLate
 from fedge.core.limits import EdgeLimits
 from fedge.core.params import Array
@@ -19,6 +17,7 @@ from fedge.edge.cloud.pilot import Pilot
 from fedge.edge.cloud.uplink import Uplink
 from fedge.edge.cloud.wire import BATCH, Reply, batch_rows
 from fedge.edge.coding.codings import decode, encode
+from fedge.edge.exits.rules import sound
 from fedge.edge.plan.options import Option
 
 CLOUD, DEVICE, EXIT, NONE = "cloud", "device", "exit:", "none"  # labels; that of an exit ends with its name
@@ -58,7 +57,7 @@ def answer(ends: Ends, option: Option, walk: Walk, due_at: float) -> Outcome:
         if leave is not None:
             return Outcome({leave.logits.name: walk.logits[walk.passed.index(leave)]}, EXIT + leave.name)
     if option.boundary is None:
-        return Outcome(walk.tensors, DEVICE)
+        return _whole(walk)
     try:
         return Outcome(_asked(ends, option, walk, due_at), CLOUD)
     except FedgeError as error:
@@ -106,7 +105,7 @@ def reserved_s(ends: Ends, option: Option, walk: Walk, left_s: float) -> float:
 def _outputs(ends: Ends, reply: Reply, rows: int) -> dict[str, Array]:
     """The tensors in a reply. Raises RefusedTensor where they are not the model's for a batch of so many rows.
 
-    Values that are not finite are no answer: either the cloud has failed, or the device will find the same.
+    What is not `sound` is no answer: either the cloud has failed, or the device will find the same.
     """
     tensors = ends.bundle.boundary(OUTPUT).tensors
     if len(reply.outputs) != len(tensors):
@@ -115,9 +114,17 @@ def _outputs(ends: Ends, reply: Reply, rows: int) -> dict[str, Array]:
     for tensor in tensors:
         if tensor.shape[:1] == (BATCH,) and outputs[tensor.name].shape[0] != rows:
             raise RefusedTensor(f"The cloud sent {outputs[tensor.name].shape[0]} rows of {tensor.name!r} for {rows}.")
-        if outputs[tensor.name].dtype.kind == "f" and not np.isfinite(outputs[tensor.name]).all():
+        if not sound(outputs[tensor.name]):
             raise RefusedTensor(f"The cloud sent values of {tensor.name!r} that are NaN or infinite; look at its tail.")
     return outputs
+
+
+def _whole(walk: Walk, why: FedgeError | None = None) -> Outcome:
+    """The whole model's answer on the device. It stands even where it is not `sound`, for nobody knows better."""
+    wrong = [name for name, values in walk.tensors.items() if not sound(values)]
+    if wrong and why is None:
+        why = RefusedTensor(f"The model's own {wrong[0]!r} has values that are NaN or infinite; look at its input.")
+    return Outcome(walk.tensors, DEVICE, why)
 
 
 def _alone(ends: Ends, walk: Walk, due_at: float, why: FedgeError) -> Outcome:
@@ -128,7 +135,8 @@ def _alone(ends: Ends, walk: Walk, due_at: float, why: FedgeError) -> Outcome:
         elif walk.passed or not ends.device.retry(walk, leg, due_at):
             break
     if walk.boundary == OUTPUT:
-        return Outcome(walk.tensors, DEVICE, why)
-    if walk.passed:
-        return Outcome({walk.passed[-1].logits.name: walk.logits[-1]}, EXIT + walk.passed[-1].name, why)
+        return _whole(walk, why)
+    for leave, logits in zip(reversed(walk.passed), reversed(walk.logits)):
+        if sound(logits):
+            return Outcome({leave.logits.name: logits}, EXIT + leave.name, why)
     return Outcome({}, NONE, TooLate(f"Nothing could answer by the deadline ({why})"))

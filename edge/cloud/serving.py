@@ -29,10 +29,14 @@ GRACE_S = 5.0  # for requests in progress at the end
 
 def options(limits: EdgeLimits) -> list[tuple[str, int]]:
     """Channel arguments of the server."""
+    longest_s = limits.stream_timeout_s + limits.max_deadline_s
     return [
         ("grpc.so_reuseport", 0),  # two tails on one port would each see half of the devices
         ("grpc.max_receive_message_length", wire.most_message_bytes(limits)),
         ("grpc.max_send_message_length", wire.most_message_bytes(limits)),
+        # To end a stream waits until the device has read what was written; one that never reads is cut off by this.
+        ("grpc.max_connection_age_ms", int(limits.stream_timeout_s * 1000)),
+        ("grpc.max_connection_age_grace_ms", int(longest_s * 1000)),
         *keepalive_server(),
     ]
 

@@ -24,7 +24,7 @@ from fedge.edge.cloud.pilot import Pilot
 from fedge.edge.cloud.uplink import Uplink
 from fedge.edge.plan.link import Link
 from fedge.edge.plan.options import Option
-from fedge.edge.plan.planner import Bounds
+from fedge.edge.plan.planner import Bounds, check_memory
 from fedge.edge.plan.profile import Profile
 from fedge.edge.runtime.measure import profile_roughly
 from fedge.edge.runtime.tensors import check
@@ -59,8 +59,9 @@ class Session:
 
     `profile` is what this device measured; without one pieces and codings are timed roughly now. One request runs at a
     time; calls from several threads wait for each other. The bound on memory is that of the planned pieces: those that
-    answer where the cloud does not are open as well. Raises BadBundle, ModelError (several inputs), ExperimentError
-    (bounds, deadline), DataError (profile) and AddressError (what is no host:port; one that is not there is no error).
+    answer where the cloud does not are open as well; with a cloud it needs a profile that tells memory. Raises
+    BadBundle, ModelError (several inputs), ExperimentError (bounds, deadline), DataError (profile) and AddressError
+    (what is no host:port; one that is not there is no error).
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class Session:
             raise ExperimentError(
                 f"The deadline is {deadline_s} s; give more than 0 and {limits.max_deadline_s} at most."
             )
+        if cloud is not None:  # without one the bound is let go
+            check_memory(profile, bounds)
         self.bundle = bundles.load(folder, limits)
         inputs = [tensor.name for tensor in self.bundle.boundary(INPUT).tensors]
         if len(inputs) != 1:

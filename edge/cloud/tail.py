@@ -131,19 +131,17 @@ class TailService:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "The stream has lasted too long; open the next one.")
         finally:
             self._streams.discard(stream)
+            self._batcher.drop(lambda work: work.stream is stream)  # the room is for those who still listen
 
     async def run(self) -> None:
-        """Form batches and have them computed, until cancelled."""
-        while True:
-            now = time.monotonic()
-            for late in self._batcher.expired(now):
-                self._answer(late, TooLate("The request waited until its deadline; ask for less, or elsewhere."), 0.0)
-            while self._free and (batch := self._batcher.ready(now)):
-                self._free -= 1
-                task = asyncio.create_task(self._compute(batch))
-                self._running.add(task)
-                task.add_done_callback(self._running.discard)
-            await self._pause(now)
+        """Form batches and have them computed, until cancelled; what is being computed then comes to its end."""
+        try:
+            while True:
+                now = time.monotonic()
+                self._step(now)
+                await self._pause(now)
+        finally:
+            await asyncio.gather(*self._running, return_exceptions=True)
 
     async def drain(self, grace_s: float) -> None:
         """Refuse what comes, and wait until what is here is answered, or the grace is up."""
@@ -155,6 +153,15 @@ class TailService:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
+
+    def _step(self, now: float) -> None:
+        for late in self._batcher.expired(now):
+            self._answer(late, TooLate("The request waited until its deadline; ask for less, or elsewhere."), 0.0)
+        while self._free and (batch := self._batcher.ready(now)):
+            self._free -= 1
+            task = asyncio.create_task(self._compute(batch))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
 
     async def _pause(self, now: float) -> None:
         """Until something comes, something ends, or the queue needs a look."""

@@ -41,6 +41,21 @@ def probabilities(logits: Logits, temperature: float = 1.0) -> Scores:
     return chances
 
 
+def naming(logits: Logits) -> NDArray[np.bool_]:
+    """Which samples, [n], of logits [n, C] name a class: not where one is NaN or inf, or all are -inf."""
+    names: NDArray[np.bool_] = np.isfinite(logits.max(axis=1))
+    return names
+
+
+def sound(values: Logits) -> bool:
+    """Whether values of any shape can be an answer. -inf can: it rules out a class, but not all of a sample's."""
+    if values.dtype.kind != "f" or not values.size:
+        return True
+    if values.ndim == 2 and values.shape[1] > 1:
+        return bool(naming(values).all())
+    return bool(values.max() < np.inf)  # NaN is not
+
+
 def confidence(logits: Logits, temperature: float = 1.0) -> Scores:
     """The largest probability of each sample, [n] in [1 / C, 1]. Raises as `probabilities`."""
     largest: Scores = probabilities(logits, temperature).max(axis=1)

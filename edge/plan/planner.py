@@ -11,6 +11,7 @@ from itertools import combinations, pairwise
 from fedge.core.errors import ExperimentError
 from fedge.edge.plan.link import Link
 from fedge.edge.plan.options import Option
+from fedge.edge.plan.profile import Profile
 from fedge.edge.plan.scale import AS_PROFILED, Scale
 
 
@@ -53,6 +54,19 @@ class Plan:
 
     choice: Option
     rows: tuple[Row, ...]
+
+
+def check_memory(device: Profile | None, bounds: Bounds) -> None:
+    """Raises ExperimentError for a bound on memory that no figure of the device can be held against.
+
+    What is not known does not count as kept, so the input itself would be sent, without a word; a bound of 0 asks for
+    just that.
+    """
+    if bounds.memory_bytes and not (device and device.memory_bytes):
+        raise ExperimentError(
+            "A bound on memory needs what the pieces take, which this device's profile does not tell; "
+            "measure it with `fedge edge bench --out FILE` and name that file, or leave out the bound."
+        )
 
 
 def plan(options: Sequence[Option], link: Link, bounds: Bounds, scale: Scale = AS_PROFILED) -> Plan:
