@@ -43,6 +43,7 @@ app.add_typer(llm)
 
 INTERRUPTED = 130
 USAGE = 2
+_NO_LOCKS = "This command locks files as POSIX systems do, which this one does not know; run it on Linux."
 
 ExperimentFile = Annotated[Path, typer.Argument(help="The experiment file.", show_default=False)]
 Address = Annotated[str, typer.Argument(help="host:port of the coordinator.", show_default=False)]
@@ -364,6 +365,10 @@ def _outcome(words: list[str]) -> int:
         return _fault("USAGE", _once(error.format_message()), USAGE, as_json)
     except OSError as error:
         return _fault(FedgeError.reason, f"{error.strerror}: {error.filename}", FedgeError.exit_code, as_json)
+    except ModuleNotFoundError as error:
+        if error.name != "fcntl":
+            raise
+        return _fault(FedgeError.reason, _NO_LOCKS, FedgeError.exit_code, as_json)
     if code == INTERRUPTED:  # what typer makes of Ctrl-C
         return _fault("INTERRUPTED", "interrupted", INTERRUPTED, as_json)
     return code if isinstance(code, int) else 0

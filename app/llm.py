@@ -125,6 +125,7 @@ class Engine:
                 limits=limits,
                 recover=self.group.recover,
                 between=self.group.improve,
+                give_up=self.group.give_up,
             )
             self._opened.callback(self.engine.close)
         except BaseException:  # raised again: what was opened must not outlive a start that failed
@@ -152,6 +153,10 @@ class Engine:
     def submit(self, request: Request, on_piece: Callable[[Piece], None] | None = None) -> Handle:
         """As the engine's own: for whoever serves it."""
         return self.engine.submit(request, on_piece)
+
+    def requests(self) -> tuple[int, int]:
+        """How many requests run, and how many wait."""
+        return self.engine.requests()
 
     def stats(self) -> dict[str, float]:
         """The engine's figures, and what the ranks hold and send: bytes by rank as they last said."""

@@ -53,6 +53,9 @@ class Served(Protocol):
     def submit(self, request: Request, on_piece: Callable[[Piece], None] | None = None) -> Handle:
         """As fedge.edge.llm.engine.engine's."""
 
+    def requests(self) -> tuple[int, int]:
+        """How many run, and how many wait."""
+
     def stats(self) -> dict[str, float]:
         """Figures."""
 
@@ -166,13 +169,16 @@ class Device:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
         self.tokenizer, self._decoder = tokenizer, decoder
-        self._seen: list[Token | Summary] = []
-        self._engine = CollabEngine(decoder, tokenizer, watch=lambda _, what: self._seen.append(what))
+        self._seen: list[tuple[int, Token | Summary]] | None = None  # of all requests, while `told` works
+        self._engine = CollabEngine(decoder, tokenizer, watch=self._watch)
 
     def submit(self, request: Request, on_piece: Callable[[Piece], None] | None = None) -> Handle:
         """As the engine's."""
-        self._seen.clear()  # only `told` reads them
         return self._engine.submit(request, on_piece)
+
+    def requests(self) -> tuple[int, int]:
+        """How many run, and how many wait."""
+        return self._engine.requests()
 
     def stats(self) -> dict[str, float]:
         """The engine's figures."""
@@ -185,17 +191,29 @@ class Device:
     def told(self, prompt: str, max_tokens: int) -> dict[str, Any]:
         """What follows `prompt`, token by token: who said it, how sure, after how many milliseconds."""
         request = Request(tuple(self.tokenizer.encode(prompt)), max_tokens, Sampling(temperature=0.0))
-        pieces = list(self.submit(request))
+        seen: list[tuple[int, Token | Summary]] = []
+        self._seen = seen
+        try:
+            handle = self.submit(request)
+            pieces = list(handle)
+        finally:
+            self._seen = None
         if pieces[-1].finish == "error":
             raise ModelError(pieces[-1].error)
-        tokens = [one for one in self._seen if isinstance(one, Token)]
-        (summary,) = [one for one in self._seen if isinstance(one, Summary)]
+        mine = [what for key, what in seen if key == handle.key]
+        tokens = [one for one in mine if isinstance(one, Token)]
+        (summary,) = [one for one in mine if isinstance(one, Summary)]
         stream = self.tokenizer.stream()
         return {
             "text": "".join(piece.text for piece in pieces),
             "tokens": [{"text": stream.push(one.id), **asdict(one)} for one in tokens],
             "summary": {**summary.tokens, **{k: v for k, v in asdict(summary).items() if k != "tokens"}},
         }
+
+    def _watch(self, key: int, what: Token | Summary) -> None:
+        seen = self._seen
+        if seen is not None:
+            seen.append((key, what))
 
 
 @contextlib.contextmanager

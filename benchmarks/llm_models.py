@@ -79,7 +79,9 @@ def shards(shape: Shape, kind: Kind, ranks: int, cache: Path = CACHE, *, by_byte
     if not (stamp.exists() and stamp.read_text() == _code() and _usable(paths)):
         out.mkdir(parents=True, exist_ok=True)
         with open_folder(folder(shape, cache=cache)) as whole:
-            held = shares.proportional(whole.config, [1.0] * ranks) if by_bytes else shares.even(whole.config, ranks)
+            held = shares.even(whole.config, ranks)
+            if by_bytes:
+                held = shares.proportional(whole.config, [1.0] * ranks, shares.cost_of_head(kind))
             made = export.export(whole, out, held, kind)
         assert made == paths, made
         stamp.write_text(_code())

@@ -4,7 +4,6 @@ One rule for every room that talks over a network. Settings of gRPC are plain pa
 a name or import gRPC.
 """
 
-import contextlib
 import ipaddress
 
 from fedge.core.errors import AddressError
@@ -19,14 +18,21 @@ def parse(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def is_local(host: str) -> bool:
+    """Whether a host never leaves this machine; of names, only localhost: another may be pointed anywhere."""
+    name = host.strip("[]")
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return name.lower() == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
 def check_listen(listen: str, allow_remote: bool) -> None:
     """Raises AddressError for what is no host:port, and for one that others can reach unless that is allowed."""
     host, _ = parse(listen)
-    if allow_remote or host == "localhost":
+    if allow_remote or is_local(host):
         return
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(host.strip("[]")).is_loopback:
-            return
     raise AddressError(
         f"{listen} can be reached by other machines, and there is no TLS yet; "
         "listen on 127.0.0.1, or pass --insecure-remote on a network you trust."

@@ -4,6 +4,7 @@
     +-- TheirFault            the caller or a peer sent something unusable; nothing else is affected
     |   +-- ExperimentError   the experiment file or a setting               exit 2
     |   +-- DataError         a data set that is missing, empty or malformed exit 3
+    |   |   +-- TooLong       a prompt that leaves a language model no room for an answer
     |   +-- ModelError        a model that cannot be used, cut or loaded, or whose layout differs   exit 4
     |   +-- TrainerError      the user's training code raised or returned the wrong thing exit 5
     |   +-- RefusedUpdate     an update the screen turned away; one leaf per reason
@@ -56,6 +57,12 @@ class DataError(TheirFault):
     reason = "BAD_DATA"
     status = "FAILED_PRECONDITION"
     exit_code = 3
+
+
+class TooLong(DataError):
+    """A prompt leaves no room for an answer in the context of a language model."""
+
+    reason = "TOO_LONG"
 
 
 class ModelError(TheirFault):

@@ -130,7 +130,7 @@ def _model(steps: list[str], inputs: tuple[Tensor, ...], outputs: tuple[Tensor, 
     return data
 
 
-def until(condition: Callable[[], bool], most_s: float = 20.0) -> None:
+def until(condition: Callable[[], bool], most_s: float = 30.0) -> None:
     """Wait for something that must happen."""
     end = time.monotonic() + most_s
     while not condition():

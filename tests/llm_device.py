@@ -117,7 +117,7 @@ def decoder(
         uplink = model.uplink(address, coding) if address else None
         if uplink:
             opened.callback(uplink.close)
-            assert not wait or uplink.wait(10), uplink.trouble
+            assert not wait or uplink.wait(30), uplink.trouble
         yield Decoder(segments, model.exits, uplink, settings)
 
 
@@ -163,7 +163,7 @@ class CloudProcess:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait(10)
+        self._process.wait(30)
         self._out.close()
 
     def __enter__(self) -> "CloudProcess":
@@ -218,11 +218,11 @@ class Scripted:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.stop(None).wait(10)
+        self._server.stop(None).wait(30)
         self._pool.shutdown()
 
 
-def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
     """Wait for it; fail where it does not come."""
     end = time.monotonic() + seconds
     while not condition():

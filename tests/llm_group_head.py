@@ -20,12 +20,12 @@ SPEED = Speeds({"float32": 1e9, "int8": 1e9, "int4": 1e9}, 1e9)
 KERNEL = "numpy-float32"
 MEMORY = 1 << 30
 LIMITS = LlmLimits(
-    connect_timeout_s=3.0,
-    step_timeout_s=2.0,
+    connect_timeout_s=10.0,
+    step_timeout_s=4.0,
     beat_s=0.1,
     silence_s=5.0,
     settle_s=1.0,
-    load_timeout_s=10.0,
+    load_timeout_s=30.0,
     rest_s=3.0,
     fetch_chunk_bytes=4096,
     reconnect_s=0.02,
@@ -68,7 +68,7 @@ class Worker:
 
     def wait(self):
         """Until it ends by itself."""
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive(), "a worker hangs"
 
     def __enter__(self):
@@ -96,7 +96,7 @@ def alone(model: Path, store: Path, count: int = 12) -> list[int]:
         return greedy(group.form(5), count)
 
 
-def until(condition, seconds: float = 15.0):
+def until(condition, seconds: float = 30.0):
     """What `condition` gives as soon as it is true; fails where it does not become so."""
     due_at = time.monotonic() + seconds
     while time.monotonic() < due_at:

@@ -209,7 +209,7 @@ def get(machine: Machine, path: str, port: int = 8000) -> str:
     """From that machine's own loopback; empty while nobody answers."""
 
     def work() -> str:
-        connection = HTTPConnection("127.0.0.1", port, timeout=5)
+        connection = HTTPConnection("127.0.0.1", port, timeout=20)
         try:
             connection.request("GET", path)
             return connection.getresponse().read().decode()

@@ -15,9 +15,10 @@ from fedge.edge.llm.ranks.model import Model
 from fedge.edge.llm.ranks.rank import Rank
 from fedge.edge.llm.ranks.step import Part, Step, decode, encode
 from fedge.edge.llm.ranks.worker import serve_steps
-from fedge.edge.llm.shards.quant import Matrix, dequantise
+from fedge.edge.llm.shards.quant import Matrix
 from fedge.edge.llm.shards.shard import BlockSpec, Shard, export, open_shard
 from fedge.edge.llm.shards.shares import Share
+from tests.llm_reference import dequantise
 
 WAIT_S = 20.0
 

@@ -8,6 +8,7 @@ from fedge.core.params import Array
 from fedge.edge.llm.models import rope
 from fedge.edge.llm.models.config import Config
 from fedge.edge.llm.models.folder import EMBEDDING, HEAD, NORM, Folder, open_folder
+from fedge.edge.llm.shards.quant import Matrix
 
 
 def logits(model: Path | Folder, ids: list[int] | Array) -> Array:
@@ -85,3 +86,14 @@ def greedy(model: Path | Folder, ids: list[int], count: int) -> list[int]:
     for _ in range(count):
         text.append(int(logits(model, text)[-1].argmax()))
     return text[len(ids) :]
+
+
+def dequantise(matrix: Matrix) -> Array:
+    """The weights of a rounded matrix, as `Matrix` says that they lie: float32 [rows, columns], a new array."""
+    if matrix.kind == "float32":
+        return matrix.data.astype(np.float32)
+    if matrix.kind == "int8":
+        return np.asarray(matrix.data.astype(np.float32) * matrix.scale[:, None])
+    levels = np.stack([matrix.data & 15, matrix.data >> 4], axis=-1).astype(np.float32) - 8
+    blocks = levels.reshape(*matrix.scale.shape, 32) * matrix.scale[:, :, None]
+    return np.ascontiguousarray(blocks.reshape(matrix.rows, matrix.scale.shape[1] * 32)[:, : matrix.columns])

@@ -95,7 +95,7 @@ class Relay:
         self.close()
 
     def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
 
     async def _listen(self) -> asyncio.Server:
         listener = socket.create_server(("127.0.0.1", 0), backlog=64)

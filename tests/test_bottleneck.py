@@ -99,6 +99,19 @@ def test_training_is_its_seed_s_to_the_bit():
     assert not torch.equal(once[0].weight, other[0].weight)
 
 
+def test_training_leaves_the_caller_s_chance_alone():
+    pair, (maps, contains) = features(), blobs(8, 0)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    for train in (
+        lambda: bn.train_bottleneck(*pair, 2, steps=1),
+        lambda: prefilter.train_prefilter(maps, contains, steps=1),
+    ):
+        torch.manual_seed(5)
+        train()
+        assert torch.equal(torch.rand(3), expected)
+
+
 def test_the_generalised_form_cares_for_what_comes_behind():
     source, target = features()
     stage = nn.Sequential(nn.Conv2d(8, 2, 1))
@@ -188,6 +201,18 @@ def test_an_injected_bottleneck_computes_what_torch_computes(source, stride):
     assert {each.name for each in made.graph.initializer} == {
         name for node in made.graph.node for name in node.input
     } - {value for node in made.graph.node for value in node.output} - {"x"}
+
+
+@pytest.mark.parametrize("padded", [0, 1, (1, 0)])
+def test_a_transposed_convolution_has_the_size_that_torch_gives_it(padded):
+    x, tail = pictures(2), model()
+    decoder = nn.Sequential(nn.ConvTranspose2d(6, 8, 3, 2, padding=1, output_padding=padded))
+    made = inject.bottleneck(tail, "early", "late", nn.Sequential(nn.ReLU()), decoder)
+    with torch.no_grad():
+        wanted = decoder(torch.relu(torch.from_numpy(run(tail, x, "early")[0]))).numpy()
+    (found,) = run(made, x, "bottleneck/restored")
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_a_bottleneck_is_a_cut_of_few_channels(tmp_path):

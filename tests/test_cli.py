@@ -359,6 +359,21 @@ def test_an_error_is_one_line_or_one_object(
     assert f"\n### {reason}\n" in page.read_text("utf-8")
 
 
+@pytest.mark.parametrize("words", [["join", "127.0.0.1:1"], ["edge", "serve", "none"], ["llm", "join", "127.0.0.1:1"]])
+def test_a_system_without_locks_is_told_in_one_sentence(words: list[str]) -> None:
+    start = f"import sys; sys.modules['fcntl'] = None; from fedge.cli import main; main({words})"
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: This command locks files")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.usefixtures("small")
+def test_a_simulation_needs_no_locks() -> None:
+    start = "import sys; sys.modules['fcntl'] = None; from fedge.cli import main; main(['run', 'small.toml'])"
+    subprocess.run([sys.executable, "-c", start], check=True)
+
+
 def test_a_command_is_suggested_once(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = call(capsys, "robust", "advice")
     assert (code, err.count("Did you mean 'advise'?")) == (2, 1)

@@ -501,7 +501,7 @@ def test_closing_frees_whoever_waits(coordinator):
     thread.start()
     coordinator.wait_for(lambda: coordinator.calls["Tasks"])
     connection.close()
-    thread.join(10)
+    thread.join(30)
     assert ended == [f"The connection to {coordinator.address} was closed."]
 
 

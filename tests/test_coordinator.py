@@ -63,7 +63,7 @@ def test_a_round_moves_the_model_by_the_mean_of_the_updates(tmp_path: Path) -> N
             _, data = await peers[1].download(1)
             expected = initial() - (delta_of(tasks[0].id) + delta_of(tasks[1].id)) / 2
             np.testing.assert_allclose(np.frombuffer(data, F32), expected, rtol=1e-6, atol=1e-6)
-            status = await peers[0].stub.Status(pb.StatusRequest(), timeout=5)
+            status = await peers[0].stub.Status(pb.StatusRequest(), timeout=20)
             assert (status.version, status.updates, status.finished) == (1, 2, "")
             assert {(one.client, one.updates) for one in status.clients} == {("device-0", 1), ("device-1", 1)}
 
@@ -326,7 +326,7 @@ def test_joining_again_is_harmless_and_wrong_terms_are_refused(tmp_path: Path) -
 
 def test_a_task_held_is_not_sent_again_and_one_lost_is(tmp_path: Path) -> None:
     async def scenario() -> None:
-        limits = replace(LIMITS, liveness_s=0.6)
+        limits = replace(LIMITS, liveness_s=1.5)
         async with room(tmp_path, plan(clients=1, limits=limits)) as made:
             (peer,) = await made.joined(1)
             task = await peer.task()
@@ -347,8 +347,8 @@ def test_a_failed_task_makes_room_for_another(tmp_path: Path) -> None:
             (peer,) = await made.joined(1)
             task = await peer.task()
             request = pb.FailRequest(sender=peer.sender, task_id=task.id, reason="out of\nmemory\x1b" + "!" * 1000)
-            await peer.stub.Fail(request, timeout=5)
-            await peer.stub.Fail(request, timeout=5)
+            await peer.stub.Fail(request, timeout=20)
+            await peer.stub.Fail(request, timeout=20)
             [why] = [line.values["reason"] for line in made.kinds("failed")]
             assert why.startswith("out of memory !!")
             assert why.isprintable()
@@ -360,7 +360,7 @@ def test_a_failed_task_makes_room_for_another(tmp_path: Path) -> None:
 
 def test_who_is_silent_has_left_and_may_come_back(tmp_path: Path) -> None:
     async def scenario() -> None:
-        limits = replace(LIMITS, liveness_s=0.4)
+        limits = replace(LIMITS, liveness_s=1.5)
         async with room(tmp_path, plan(clients=1, limits=limits)) as made:
             (peer,) = await made.joined(1)
             task = await peer.task()
@@ -369,7 +369,7 @@ def test_who_is_silent_has_left_and_may_come_back(tmp_path: Path) -> None:
             assert (await refused(peer.upload(task)))[:2] == ("NOT_JOINED", grpc.StatusCode.FAILED_PRECONDITION)
             await peer.join()
             assert (await peer.task()).id != task.id
-            await peer.stub.Leave(pb.LeaveRequest(sender=peer.sender), timeout=5)
+            await peer.stub.Leave(pb.LeaveRequest(sender=peer.sender), timeout=20)
             assert [line.values["reason"] for line in made.kinds("left")][-1] == "left"
 
     asyncio.run(scenario())
@@ -377,7 +377,7 @@ def test_who_is_silent_has_left_and_may_come_back(tmp_path: Path) -> None:
 
 def test_a_lease_runs_out(tmp_path: Path) -> None:
     async def scenario() -> None:
-        limits = replace(LIMITS, lease_s=0.3)
+        limits = replace(LIMITS, lease_s=1.5)
         async with room(tmp_path, plan(clients=2, limits=limits)) as made:
             slow, quick = await made.joined(2)
             await slow.task()
@@ -400,9 +400,9 @@ def test_new_versions_are_measured_and_the_target_ends_the_run(tmp_path: Path) -
             await peer.upload(task)
             offers = [offer async for offer in listening]
             assert offers[-1].finished == "target"
-            await asyncio.wait_for(made.coordinator.ended.wait(), 5)
+            await asyncio.wait_for(made.coordinator.ended.wait(), 30)
             assert made.kinds("evaluated")[-1].values["accuracy"] == 0.95
-            status = await peer.stub.Status(pb.StatusRequest(), timeout=5)
+            status = await peer.stub.Status(pb.StatusRequest(), timeout=20)
             assert status.finished == "target"
             assert status.metrics["accuracy"] == 0.95
 
@@ -444,7 +444,7 @@ def test_a_restart_goes_on_where_it_stopped(tmp_path: Path) -> None:
         known = len(lines)
         async with room(tmp_path, plan(), lines, recorded=known) as made:
             assert len(lines) == known
-            assert clock <= made.coordinator.running_s < clock + 5
+            assert clock <= made.coordinator.running_s < clock + 60
             again = made.peer("device-1", two.sender.incarnation)
             assert (await again.task()).id == other.id
             _, after = await again.download(1)
@@ -453,7 +453,7 @@ def test_a_restart_goes_on_where_it_stopped(tmp_path: Path) -> None:
             assert (await spent.upload(held)).repeated_delivery
             assert (await spent.upload(first[0])).repeated_delivery
             await again.upload(other)
-            status = await again.stub.Status(pb.StatusRequest(), timeout=5)
+            status = await again.stub.Status(pb.StatusRequest(), timeout=20)
             assert (status.version, status.updates) == (2, 4)
             _, model = await again.download(2)
             machine = replay(tmp_path, plan())

@@ -23,7 +23,7 @@ from tests.relay import Relay
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 ASK = Bounds(memory_bytes=10, keep_input=True)  # with `profile`: only what asks the cloud from `a` on is allowed
 HERE = ("device", "exit:early")  # the latter where the scheduler was late
-LATER_S = 1.0  # what a deadline may be missed by here: two cores, and others at work on them
+LATER_S = 5.0  # what a deadline may be missed by here: two cores, and others at work on them
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +101,13 @@ def test_a_link_cut_mid_request_leaves_the_answer_to_the_device_and_comes_back(
 def test_a_link_that_collapses_mid_stream_is_noticed_and_used_again_when_it_is_well(
     folder: Path, bundle: Bundle, address: str
 ) -> None:
-    deadline_s, rows = 0.5, 16
+    deadline_s, rows = 1.5, 16
     with (
         Relay(address, up_bps=2e6, rtt_s=0.005) as relay,
         Session(folder, relay.address, profile=profile(bundle), bounds=ASK, deadline_s=deadline_s) as session,
     ):
         ask_cloud(session, rows)
-        relay.change(up_bps=2e4, down_bps=None, rtt_s=0.005)  # 2 KiB now take 0.9 s
+        relay.change(up_bps=7e3, down_bps=None, rtt_s=0.005)  # 2 KiB now take 2.5 s
         first = session.infer(tiny.sample(rows=rows))
         check(first, HERE, deadline_s, rows)
         assert first.reason == "TOO_LATE"
@@ -115,14 +115,14 @@ def test_a_link_that_collapses_mid_stream_is_noticed_and_used_again_when_it_is_w
         check(second, HERE, deadline_s, rows)
         assert second.latency_s < first.latency_s
         tiny.until(
-            lambda: session.link is not None and session.link.bandwidth_bps < 2.5e4, 6
+            lambda: session.link is not None and session.link.bandwidth_bps < 2e4, 8
         )  # so said the late reply: before a probe is due
         relay.change(up_bps=2e6, down_bps=None, rtt_s=0.005)
         ask_cloud(session, rows)
 
 
 def test_a_link_that_swallows_everything_costs_one_wait_and_no_more(folder: Path, bundle: Bundle, address: str) -> None:
-    deadline_s = 0.4
+    deadline_s = 2.0
     with (
         Relay(address) as relay,
         Session(folder, relay.address, profile=profile(bundle), bounds=ASK, deadline_s=deadline_s) as session,

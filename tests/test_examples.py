@@ -34,7 +34,7 @@ PAGES = [
 EXPERIMENTS = [*EXAMPLES.rglob("*.toml"), ROOT / "app" / "starter.toml"]
 SERVED = "127.0.0.1:7443"  # where the README's devices join
 SOME_SECONDS = (  # long enough for the device that starts later
-    *("--set", "experiment.stop.seconds=15"),
+    *("--set", "experiment.stop.seconds=25"),
     *("--set", "experiment.stop.updates=1000000"),
     *("--set", "experiment.stop.target=1"),
 )

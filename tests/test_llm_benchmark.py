@@ -220,7 +220,7 @@ def test_the_net_delays_and_limits(delay_s, bps, least_s):
                 took_s = time.monotonic() - begun
             thread.join(10)
             assert not thread.is_alive(), "the end goes through as well"
-    assert least_s <= took_s < least_s + 1
+    assert least_s <= took_s < least_s + 10
 
 
 def test_the_planner_is_judged_by_the_worst_link(cache):

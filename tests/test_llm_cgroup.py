@@ -1,5 +1,7 @@
 """What memory a process may have, by its control groups and by the machine."""
 
+import os
+
 import pytest
 
 from fedge.edge.llm.compute.cgroup import room_bytes
@@ -25,5 +27,17 @@ def test_room_by_control_groups(tmp_path, case):
     assert room_bytes(tmp_path / "cgroup", tmp_path / "root", tmp_path / "meminfo") == wanted
 
 
-def test_room_is_unknown_elsewhere(tmp_path):
-    assert room_bytes(tmp_path / "a", tmp_path / "b", tmp_path / "c") == float("inf")
+@pytest.mark.parametrize(
+    ("raised", "room"), [(None, 300 * 4096 / 2), (ValueError("no such name"), float("inf")), (OSError(), float("inf"))]
+)
+def test_room_is_half_of_all_where_nobody_says_what_is_free(tmp_path, monkeypatch, raised, room):
+    def sysconf(name):
+        if raised:
+            raise raised
+        return {"SC_PHYS_PAGES": 300, "SC_PAGE_SIZE": 4096}[name]
+
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    nothing = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    assert room_bytes(*nothing) == room
+    monkeypatch.delattr(os, "sysconf")
+    assert room_bytes(*nothing) == float("inf")

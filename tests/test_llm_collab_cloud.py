@@ -413,7 +413,7 @@ def process(cut: Halves, listen: str) -> Iterator[tuple[Any, str]]:
     running = multiprocessing.get_context("spawn").Process(target=_serve, args=(cut.cloud, listen, theirs))
     running.start()
     try:
-        assert ours.poll(30)
+        assert ours.poll(60)
         yield running, ours.recv()
     finally:
         running.kill()
@@ -439,7 +439,7 @@ def test_a_cloud_that_was_killed_begins_anew_and_one_that_is_told_to_end_ends(cu
             device.put("a", 0, x[:21])
             assert device.token("a", 20) == wanted[20]
         os.kill(second.pid, signal.SIGTERM)
-        second.join(20)
+        second.join(60)
         assert second.exitcode == 0
 
 

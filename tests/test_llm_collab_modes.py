@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedge.core.errors import AddressError, DataError, ExperimentError, Overloaded
+from fedge.core.errors import AddressError, DataError, ExperimentError, Overloaded, TooLong
 from fedge.core.limits import LlmLimits
+from fedge.core.params import Array
 from fedge.edge.llm.api.http import app
 from fedge.edge.llm.api.http_server import Server
 from fedge.edge.llm.collab import exits
@@ -45,6 +46,7 @@ from tests.relay import Relay
 
 PROMPT = [3, 17, 90, 4, 55, 21]
 SAMPLED = Sampling(temperature=0.8, top_p=0.95, seed=11)
+PATIENT_S = 30.0  # for one question, where the cloud shall answer all
 MODES: tuple[Mode, ...] = ("exits", "speculative")
 LAWS = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -102,7 +104,7 @@ def test_with_a_threshold_of_1_and_with_guesses_the_text_is_the_whole_models(fam
         greedy, sampled = says(full, PROMPT, 24), says(full, PROMPT, 24, SAMPLED)
     with cloud_at(model.cloud, "127.0.0.1:0", kernel=KERNEL) as address:
         for mode in MODES:
-            with decoder(model, address, Settings(mode, 1.0)) as made:
+            with decoder(model, address, Settings(mode, 1.0, PATIENT_S)) as made:
                 assert ids(answer(made, PROMPT, 24)) == greedy
                 assert ids(answer(made, PROMPT, 24, SAMPLED)) == sampled
                 assert made.summary.cloud_failures == 0
@@ -120,12 +122,37 @@ def test_prompts_longer_than_an_upload(model: Cut, full: Model, address: str, mo
     monkeypatch.setattr("fedge.edge.llm.collab.decoder._PROMPT_ROWS", 8)
     for count in (1, 8, 9, 33):
         prompt = [(7 * at) % 128 for at in range(count)]
-        with decoder(model, address, Settings(threshold=1.0)) as made:
+        with decoder(model, address, Settings(threshold=1.0, deadline_s=PATIENT_S)) as made:
             assert ids(answer(made, prompt, 5)) == says(full, prompt, 5)
 
 
+def test_a_prompt_that_nobody_wants_any_more_is_read_no_further(model: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedge.edge.llm.collab.decoder._PROMPT_ROWS", 8)
+    with decoder(model, None, Settings("standalone")) as made:
+        for asked, read in ((0, 0), (2, 16), (4, 33)):
+            left = iter([True] * asked + [False])
+            assert not list(made.run([1] * 33, GREEDY, 5, (), lambda left=left: next(left)))
+            assert made._segments.length == read
+        engine, given_, reads, reach = Engine(made, None), threading.Event(), [], made._segments.reach
+
+        def cancel(number: int) -> Array:
+            reads.append(number)
+            assert given_.wait(30)
+            handle.cancel()
+            return reach(number)
+
+        monkeypatch.setattr(made._segments, "reach", cancel)
+        handle = engine.submit(Request((1,) * 33, 5, GREEDY, stop_tokens=()))
+        given_.set()
+        assert list(handle) == [Piece(None, finish="cancelled")]
+        assert len(reads) == 1
+        monkeypatch.undo()
+        assert len(list(engine.submit(Request((1,) * 33, 5, GREEDY, stop_tokens=())))) == 5
+        engine.close()
+
+
 def test_guesses_save_round_trips(model: Cut, full: Model, address: str) -> None:
-    with decoder(model, address, Settings("speculative")) as made:
+    with decoder(model, address, Settings("speculative", deadline_s=PATIENT_S)) as made:
         answer(made, PROMPT, 1)
         assert made.summary.guesses == 0  # none is left to be guessed
         tokens = answer(made, PROMPT, 40)
@@ -146,7 +173,7 @@ def test_whatever_was_put_off_tokens_of_the_cloud_are_the_whole_models(
     model: Cut, full: Model, address: str, thresholds: tuple[float, float], prompt: list[int], sampled: bool
 ) -> None:
     sampling = SAMPLED if sampled else GREEDY
-    with decoder(model, address, Settings(threshold=thresholds)) as made:
+    with decoder(model, address, Settings(threshold=thresholds, deadline_s=PATIENT_S)) as made:
         tokens = answer(made, prompt, 30, sampling)
     assert len(tokens) == 30
     check(full, tokens, sampling, prompt)
@@ -163,7 +190,7 @@ def test_whatever_was_put_off_tokens_of_the_cloud_are_the_whole_models(
 
 def test_answers_of_exits_cost_less_than_two_bytes_a_number(model: Cut, address: str) -> None:
     """The states, and less than 20 bytes beside each; questions apart, as they are not states."""
-    with decoder(model, address, Settings(threshold=0.5), "f16") as made:
+    with decoder(model, address, Settings(threshold=0.5, deadline_s=PATIENT_S), "f16") as made:
         answer(made, PROMPT, 60)
     found = made.summary
     assert found.tokens["exit:1"] > 5
@@ -240,7 +267,7 @@ def test_what_cannot_be_is_said(model: Cut, address: str) -> None:
 def test_a_cloud_that_is_killed_is_done_without_and_taken_up_again(
     mode: Mode, model: Cut, full: Model, cloud: CloudProcess
 ) -> None:
-    with decoder(model, cloud.address, Settings(mode, 1.0, 5.0)) as made:
+    with decoder(model, cloud.address, Settings(mode, 1.0, PATIENT_S)) as made:
         run = made.run(PROMPT, GREEDY, 60)
         before = [next(run) for _ in range(12)]
         cloud.kill()
@@ -261,7 +288,7 @@ def test_a_cloud_that_falls_silent_costs_one_deadline_and_is_heard_again(
     model: Cut, full: Model, cloud: CloudProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedge.edge.llm.collab.uplink._FIRST_REST_S", 60.0)
-    with decoder(model, cloud.address, Settings("exits", 1.0, 1.0)) as made:
+    with decoder(model, cloud.address, Settings("exits", 1.0, 2.0)) as made:
         run = made.run(PROMPT, GREEDY, 40)
         before = [next(run) for _ in range(5)]
         cloud.signal(signal.SIGSTOP)
@@ -277,7 +304,10 @@ def test_a_cloud_that_falls_silent_costs_one_deadline_and_is_heard_again(
 
 
 def test_a_link_that_is_cut_costs_tokens_but_no_states_twice(model: Cut, full: Model, address: str) -> None:
-    with Relay(address) as relay, decoder(model, relay.address, Settings(threshold=1.0), "f32") as made:
+    with (
+        Relay(address) as relay,
+        decoder(model, relay.address, Settings(threshold=1.0, deadline_s=PATIENT_S), "f32") as made,
+    ):
 
         def cut() -> None:
             relay.cut()
@@ -301,7 +331,7 @@ def test_a_slow_link_leaves_the_text_the_same_or_the_tokens_labelled(
     mode: Mode, model: Cut, full: Model, address: str
 ) -> None:
     with Relay(address, up_bps=400_000, down_bps=400_000, rtt_s=0.02) as relay:
-        with decoder(model, relay.address, Settings(mode, 1.0, 10.0)) as made:
+        with decoder(model, relay.address, Settings(mode, 1.0, PATIENT_S)) as made:
             assert ids(answer(made, PROMPT, 10)) == says(full, PROMPT, 10)
         with decoder(model, relay.address, Settings(mode, 1.0, 0.005)) as made:
             tokens = answer(made, PROMPT, 30)
@@ -331,7 +361,7 @@ def pieces_of(pieces: Iterator[Piece]) -> tuple[list[int], Piece]:
 
 def test_the_engine_answers_requests_one_after_the_other(model: Cut, full: Model, address: str) -> None:
     seen: list[tuple[int, Token | Summary]] = []
-    with decoder(model, address, Settings(threshold=1.0)) as made:
+    with decoder(model, address, Settings(threshold=1.0, deadline_s=PATIENT_S)) as made:
         engine = Engine(made, Tokenizer(model.model), watch=lambda key, what: seen.append((key, what)))
         prompts = [PROMPT, [5, 6], [99] * 30]
         handles = [engine.submit(Request(tuple(one), 8, GREEDY, stop_tokens=())) for one in prompts]
@@ -353,7 +383,7 @@ def test_the_engine_answers_requests_one_after_the_other(model: Cut, full: Model
 
 def test_the_engine_stops_where_it_is_told(model: Cut, full: Model, address: str) -> None:
     wanted = says(full, PROMPT, 20)
-    with decoder(model, address, Settings("speculative")) as made:
+    with decoder(model, address, Settings("speculative", deadline_s=PATIENT_S)) as made:
         assert ids(list(made.run(PROMPT, GREEDY, 20, (wanted[7],)))) == wanted[: wanted.index(wanted[7]) + 1]
         engine = Engine(made, Tokenizer(model.model))
         tokens, last = pieces_of(engine.submit(Request(tuple(PROMPT), 20, GREEDY, stop_tokens=(wanted[7],))))
@@ -374,13 +404,13 @@ def test_the_engine_cancels_what_runs_and_what_waits(model: Cut, address: str) -
     def hold(piece: Piece) -> None:
         held.append(piece)
         first.set()
-        go.wait(10)
+        go.wait(30)
 
-    with decoder(model, address, Settings(threshold=1.0)) as made:
+    with decoder(model, address, Settings(threshold=1.0, deadline_s=PATIENT_S)) as made:
         limits = LlmLimits(max_requests=2)
         engine = Engine(made, None, limits=limits)
         running = engine.submit(Request(tuple(PROMPT), 80, GREEDY), hold)
-        assert first.wait(10)
+        assert first.wait(30)
         waiting = engine.submit(Request(tuple(PROMPT), 80, GREEDY))
         other = engine.submit(Request(tuple(PROMPT), 80, GREEDY))
         with pytest.raises(Overloaded):
@@ -402,18 +432,20 @@ def test_the_engine_cancels_what_runs_and_what_waits(model: Cut, address: str) -
 
 
 def test_the_engine_refuses_what_it_cannot_do_and_outlives_what_fails(model: Cut, address: str) -> None:
-    with decoder(model, address, Settings(threshold=0.5)) as made:
+    with decoder(model, address, Settings(threshold=0.5, deadline_s=PATIENT_S)) as made:
         engine = Engine(made, None)
         bad = [
             Request(tuple(PROMPT), 1, top_logprobs=2),
             Request(tuple(PROMPT), 1, Sampling(frequency_penalty=1.0)),
             Request((128,), 1),
             Request((), 1),
-            Request((1,) * 96, 1),
         ]
         for request in bad:
-            with pytest.raises(DataError):
+            with pytest.raises(DataError) as caught:
                 engine.submit(request)
+            assert not isinstance(caught.value, TooLong)
+        with pytest.raises(TooLong, match="96 tokens, and 96"):
+            engine.submit(Request((1,) * 96, 1))
         made._segments.reach = lambda _: np.full((1, 64), np.nan, np.float32)  # type: ignore[method-assign,assignment]
         last = list(engine.submit(Request(tuple(PROMPT), 4, GREEDY)))[-1]
         assert last.finish == "error"
@@ -429,7 +461,7 @@ def test_it_is_served_over_http(tmp_path: Path) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 12, "seed": 1}
     with ExitStack() as opened:
         address = opened.enter_context(cloud_at(model.cloud, "127.0.0.1:0", kernel=KERNEL))
-        halves, settings = open_halves(model.halves.path), Settings(threshold=0.5)
+        halves, settings = open_halves(model.halves.path), Settings(threshold=0.5, deadline_s=PATIENT_S)
         made = opened.enter_context(device(halves, address, settings, kernel=KERNEL))
         until(lambda: made.cloud_usable)
         engine = Engine(made, tokenizer)
@@ -440,13 +472,24 @@ def test_it_is_served_over_http(tmp_path: Path) -> None:
         url = f"http://{server.address}"
         reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=20)
         again = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=20)
-        refused = httpx.post(f"{url}/v1/chat/completions", json=body | {"logprobs": True}, timeout=20)
+        refused = [
+            httpx.post(f"{url}/v1/chat/completions", json=body | more, timeout=20)
+            for more in (
+                {"logprobs": True},
+                {"presence_penalty": 1},
+                {"messages": [{"role": "user", "content": "x" * 9000}]},
+            )
+        ]
         figures = httpx.get(f"{url}/metrics", timeout=20).text
         server.stop()
         thread.join(20)
     assert reply.status_code == 200
     assert reply.json()["usage"]["completion_tokens"] in range(1, 13)
     assert reply.json()["choices"][0]["message"] == again.json()["choices"][0]["message"]
-    assert refused.status_code == 400
-    assert "log-probabilities" in refused.text
+    assert [answer.status_code for answer in refused] == [400] * 3
+    told = [answer.json()["error"] for answer in refused]
+    assert "log-probabilities" in told[0]["message"]
+    assert "penalties" in told[1]["message"]
+    assert [one["code"] for one in told] == [None, None, "context_length_exceeded"]
+    assert [one["param"] for one in told] == [None, None, "messages"]
     assert 'fedge_llm_tokens{by="cloud"}' in figures

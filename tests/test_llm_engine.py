@@ -264,6 +264,24 @@ def test_requests_queue_while_ranks_are_recovered(started):
     assert tokens(late) == alone((1, 2), 3)
 
 
+def test_a_recovery_that_is_under_way_is_given_up_at_the_end(started):
+    first, given_up, recovering = Oracle(3, 64), threading.Event(), threading.Event()
+    first.fail = [RankLost("Rank 1 fell silent.", 1)]
+
+    def recover():
+        recovering.set()
+        given_up.wait(60)
+        raise AddressError("The group is about to end; start the model again.")
+
+    engine = started(first, recover=recover, give_up=given_up.set)
+    handle = engine.submit(Request(PROMPT, 3, GREEDY))
+    assert recovering.wait(20)
+    engine.close()
+    assert given_up.is_set()
+    assert not engine._thread.is_alive()
+    assert [piece.finish for piece in handle] == ["cancelled"]
+
+
 def test_a_recovery_that_fails_ends_requests_with_its_sentence_and_is_tried_again(started):
     first, outcomes = Oracle(3, 64), [Oracle(3, 64), ModelError("Only rank 0 is left; start another device.")]
     first.fail = [RankLost("Rank 1 fell silent.", 1)]
@@ -277,6 +295,7 @@ def test_a_recovery_that_fails_ends_requests_with_its_sentence_and_is_tried_agai
     engine = started(first, recover=recover)
     last = list(engine.submit(Request(PROMPT, 3, GREEDY)))[-1]
     assert (last.finish, last.error) == ("error", "Only rank 0 is left; start another device.")
+    assert last.cause is RankLost  # a device may come back
     assert tokens(engine.submit(Request(PROMPT, 3, GREEDY))) == alone(PROMPT, 3)
 
 

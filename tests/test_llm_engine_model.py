@@ -19,7 +19,7 @@ from fedge.edge.llm.models.config import read
 from fedge.edge.llm.models.folder import open_folder
 from fedge.edge.llm.models.tokenizer import Tokenizer
 from fedge.edge.llm.ranks.model import Model
-from fedge.edge.llm.shards.quant import Matrix, dequantise
+from fedge.edge.llm.shards.quant import Matrix
 from fedge.edge.llm.shards.shard import export, open_shard
 from fedge.edge.llm.shards.shares import even
 from tests import llm_reference
@@ -48,7 +48,7 @@ class Plain:
 
 
 def linear(matrix):
-    weight = dequantise(matrix).T
+    weight = llm_reference.dequantise(matrix).T
     return lambda x: x @ weight
 
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from fedge.core.errors import ExperimentError, ModelError
+from fedge.core.errors import AddressError, ExperimentError, ModelError
 from fedge.edge.llm.engine.engine import Engine
 from fedge.edge.llm.engine.requests import Request
 from fedge.edge.llm.engine.sampler import Sampling
+from fedge.edge.llm.group import cuts
 from fedge.edge.llm.group import group as groups
 from fedge.edge.llm.group.division import HOPED, Division, everyone, planned
 from fedge.edge.llm.group.messages import Offer
@@ -84,9 +85,9 @@ def test_a_worker_that_cannot_be_met_is_left_out(model, tmp_path):
     """Its address leads nowhere for the other worker, which dials it."""
     answer = alone(model, tmp_path / "alone")
     with (
-        head(model, tmp_path / "head", wanted=2, limits=replace(LIMITS, rest_s=60, connect_timeout_s=1.0)) as group,
-        Worker(group.address, tmp_path / "a", "a", limits=replace(LIMITS, connect_timeout_s=1.0)),
-        Worker(group.address, tmp_path / "b", "b", limits=replace(LIMITS, connect_timeout_s=1.0)),
+        head(model, tmp_path / "head", wanted=2, limits=replace(LIMITS, rest_s=60, connect_timeout_s=2.0)) as group,
+        Worker(group.address, tmp_path / "a", "a", limits=replace(LIMITS, connect_timeout_s=2.0)),
+        Worker(group.address, tmp_path / "b", "b", limits=replace(LIMITS, connect_timeout_s=2.0)),
     ):
         until(lambda: len(group.devices()) == 2)
         roster = group._roster
@@ -159,7 +160,7 @@ def only_the_head_unless_hoped(config, kind, offers, link, kv_tokens):
 
 
 def test_a_link_that_was_measured_long_ago_is_measured_again(model, tmp_path):
-    limits = replace(LIMITS, useless_s=1.0)
+    limits = replace(LIMITS, useless_s=2.5)
     settings = {"divide": only_the_head_unless_hoped, "wanted": 1, "limits": limits}
     with head(model, tmp_path / "head", **settings) as group, Worker(group.address, tmp_path / "a"):
         group.form(10)
@@ -217,7 +218,7 @@ def test_a_device_that_rests_is_used_where_nothing_works_without_it(model, tmp_p
         assert greedy(group.recover()) == answer
         assert group.names == ("head", "b")
         slow = threading.Timer(LIMITS.settle_s + 0.5, release.set)
-        monkeypatch.setattr(roster, "report", lambda seat, told: release.wait(10) and report(roster, seat, told))
+        monkeypatch.setattr(roster, "report", lambda seat, told: release.wait(30) and report(roster, seat, told))
         slow.start()
         assert greedy(group.recover()) == answer
         assert group.names == ("head", "b")
@@ -244,14 +245,70 @@ def test_what_was_loaded_for_an_epoch_that_does_not_begin_is_given_back(model, t
 
 def test_cutting_takes_nothing_from_the_time_to_load(model, tmp_path, monkeypatch):
     make = groups.Cuts.make
-    monkeypatch.setattr(groups.Cuts, "make", lambda self, shares: time.sleep(1.5) or make(self, shares))
+    monkeypatch.setattr(groups.Cuts, "make", lambda self, *given: time.sleep(2.2) or make(self, *given))
     with (
-        head(model, tmp_path / "head", wanted=1, limits=replace(LIMITS, load_timeout_s=1.0)) as group,
+        head(model, tmp_path / "head", wanted=1, limits=replace(LIMITS, load_timeout_s=2.0)) as group,
         Worker(group.address, tmp_path / "a"),
     ):
         until(group.devices)
         group.form(0.1)
         assert group.names == ("head", "a")
+
+
+@pytest.mark.parametrize("how", ["give_up", "close"])
+@pytest.mark.parametrize("where", ["cuts", "opens", "waits", "comes"])
+def test_a_group_that_is_formed_while_its_head_ends_is_given_up_and_leaves_nothing(
+    model, tmp_path, monkeypatch, where, how
+):
+    """Each step lasts until the group is told to end, or for ever where it asks in between."""
+    there, told, opened = threading.Event(), threading.Event(), []
+
+    def stay(work):
+        def worked(*given, **more):
+            there.set()
+            assert told.wait(60)
+            return work(*given, **more)
+
+        return worked
+
+    def blocks(*given, **more):
+        opened.append(open_blocks(*given, **more))
+        monkeypatch.setattr(opened[-1], "close", lambda close=opened[-1].close: (opened.pop(), close()))
+        return opened[-1]
+
+    open_blocks = groups.open_blocks
+    monkeypatch.setattr(groups, "open_blocks", stay(blocks) if where == "opens" else blocks)
+    if where == "cuts":
+        monkeypatch.setattr("fedge.edge.llm.group.cuts.export", stay(cuts.export))
+    if where == "waits":  # for a device that never says that it is ready
+        monkeypatch.setattr(groups, "_settled", lambda *_: there.set())
+    limits = replace(LIMITS, step_timeout_s=60.0)
+    found, wanted = [], {"waits": 1, "comes": 2}.get(where, 0)
+    with (
+        head(model, tmp_path / "head", limits=limits, wanted=wanted) as group,
+        Worker(group.address, tmp_path / "a") if where == "waits" else contextlib.nullcontext(),
+    ):
+        works = threading.Thread(target=form, args=(group, found)), threading.Thread(target=getattr(group, how))
+        works[0].start()
+        assert where == "comes" or there.wait(30)
+        works[1].start()
+        until(lambda: group._given_up)
+        told.set()
+        for one in works:
+            one.join(60)
+            assert not one.is_alive()
+        assert [type(one) for one in found] == [AddressError]
+        assert "about to end" in str(found[0])
+        assert group._model is None
+        assert not opened
+
+
+def form(group, found):
+    """Keeps what is raised."""
+    try:
+        found.append(group.form(60))
+    except Exception as error:
+        found.append(error)
 
 
 def test_a_kernel_that_depends_on_company_is_refused_where_none_shall(model, tmp_path):

@@ -94,6 +94,16 @@ def test_a_child_that_cannot_work_ends_the_start_with_its_sentence(model, tmp_pa
     taken.close()
 
 
+def test_a_folder_that_cannot_be_used_is_said_with_a_remedy(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        open_folder(model) as folder,
+        pytest.raises(ExperimentError, match="name another for shards"),
+        local(folder, 1, kind="int8", store=tmp_path / "file" / "below", slots=1, context=16),
+    ):
+        pass
+
+
 def test_no_ranks_are_refused(model, tmp_path):
     with pytest.raises(ExperimentError, match="ask for 1 to 64"):
         WholeEngine(model, ranks=0, store=tmp_path / "store")

@@ -379,7 +379,8 @@ def test_fifty_users_get_what_each_gets_alone_while_ten_hang_up(tmp_path):
         for thread in threads:
             thread.join(60)
         stats = live.settle()
-        assert stats["finished_cancelled"] == 10
+        assert stats["finished_length"] + stats["finished_stop"] == 40
+        assert stats["finished_cancelled"] <= 10  # and those who left before their prompt was read
         assert stats["finished_error"] == 0
         for at in range(50):
             assert answers[at] == (None if at % 5 == 0 else ask(live, at)), at
@@ -494,8 +495,9 @@ def test_a_failure_reaches_the_client_whole_and_in_the_middle_of_a_stream(tmp_pa
 def test_a_request_that_fails_says_whether_to_come_again_and_no_path(tmp_path, error, status, code):
     with served(tmp_path, wrap=lambda model: Slow(model, 0, fails=(1, 2), error=error)) as live:
         asked = {"model": NAME, "prompt": "a", "max_tokens": 9}
-        got, _, answer = call(live, "POST", "/v1/completions", json.dumps(asked))
+        got, headers, answer = call(live, "POST", "/v1/completions", json.dumps(asked))
         assert (got, answer["error"]["code"]) == (status, code)
+        assert ("retry-after" in {name.lower() for name in headers}) == (status == 503)
         assert "secret" not in str(answer)
         line = http.client.HTTPConnection(live.address, timeout=20)
         line.request("POST", "/v1/completions", json.dumps(asked | {"stream": True}), JSON)
@@ -523,6 +525,50 @@ def test_too_many_are_told_to_come_again(tmp_path):
         live.engine.close()
         status, _, answer = call(live, "POST", "/v1/completions", json.dumps({"model": NAME, "prompt": "a"}))
         assert (status, is_error(status, answer)) == (503, True)
+
+
+def test_no_prompt_is_read_for_those_who_are_refused_or_gone(tmp_path):
+    first, go, read, seen = threading.Event(), threading.Event(), [], []
+    with served(tmp_path, limits=LlmLimits(max_requests=2)) as live:
+        encode, requests = live.tokenizer.encode, live.engine.requests
+
+        def slow(text, special=True):
+            read.append(text)
+            first.set()
+            assert go.wait(30)
+            return encode(text, special)
+
+        def counted():
+            seen.append(requests())
+            return seen[-1]
+
+        def ask(text):
+            line = http.client.HTTPConnection(live.address, timeout=30)
+            line.request("POST", "/v1/completions", json.dumps({"model": NAME, "prompt": text, "max_tokens": 1}), JSON)
+            return line
+
+        def becomes(condition):
+            until = time.monotonic() + 30
+            while not condition():
+                assert time.monotonic() < until
+                time.sleep(0.005)
+
+        live.tokenizer.encode, live.engine.requests = slow, counted
+        stays = ask("stays")
+        assert first.wait(30)
+        leaves = ask("leaves")
+        becomes(lambda: len(seen) == 2)  # it waits for its turn
+        leaves.close()
+        becomes(lambda: len(live.server._server.server_state.connections) == 1)
+        live.engine.requests = lambda: (1, 1)
+        refused = call(live, "POST", "/v1/completions", json.dumps({"model": NAME, "prompt": "refused"}))
+        assert (refused[0], is_error(429, refused[2])) == (429, True)
+        live.engine.requests = requests
+        go.set()
+        assert stays.getresponse().status == 200
+        assert call(live, "POST", "/v1/completions", json.dumps({"model": NAME, "prompt": "next"}))[0] == 200
+        stays.close()
+    assert read == ["stays", "next"]
 
 
 def test_answers_under_way_end_with_the_server(tmp_path):

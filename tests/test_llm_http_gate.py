@@ -62,6 +62,12 @@ def test_others_reach_a_server_with_a_key_only(tmp_path):
         Server(made(None), "localhost")
 
 
+def test_health_asks_for_no_figures(tmp_path):
+    with served(tmp_path) as live:
+        live.engine.stats = None
+        assert call(live, "GET", "/health")[2] == {"status": "ok", "running": 0, "waiting": 0}
+
+
 # ---- Figures -------------------------------------------------------------------------------------------------------
 
 LINE = re.compile(r'fedge_llm_[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? [-+0-9.e]+')

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from fedge.core.errors import ExperimentError, ModelError
 from fedge.edge.llm.compute import graph, kernels, onnx_kernels
-from fedge.edge.llm.compute.kernels import KERNELS, choose, named, rows_alone
-from fedge.edge.llm.shards.quant import KINDS, Matrix, dequantise, quantise
+from fedge.edge.llm.compute.kernels import KERNELS, choose, named, rows_alone, suited
+from fedge.edge.llm.shards.quant import KINDS, Matrix, quantise
+from tests.llm_reference import dequantise
 
 NAMES = sorted(KERNELS)
 # Where a kernel rounds x to 8 bits the error is that of the rounding, not of sums.
-ROUNDS = {"onnx-int8", "onnx-fine-int8", "onnx-int4", "torch-int8", "torch-packed-int8"}
+ROUNDS = {"onnx-int8", "onnx-fine-int8", "onnx-int4", "torch-int8"}
 
 
 def random_matrix(kind, rows, columns, seed=0, bias=True):
@@ -98,9 +99,37 @@ def test_rows_do_not_depend_on_their_company(name, shape):
     assert rows_alone(kernel.prepare(random_matrix(kernel.kind, *shape)), shape[1])
 
 
+def one_scale(matrix):
+    """Products that round all rows of x with one scale, as some libraries do."""
+
+    def linear(x):
+        step = np.abs(x).max() / 127
+        return (np.rint(x / step) * step) @ dequantise(matrix).T
+
+    return linear
+
+
 def test_dependence_on_company_is_noticed():
-    matrix = random_matrix("int8", 64, 256)
-    assert not rows_alone(KERNELS["torch-packed-int8"].prepare(matrix), 256)  # one scale for all rows
+    assert not rows_alone(one_scale(random_matrix("int8", 64, 256)), 256)
+
+
+def untouched_by_a_large_row(linear, columns):
+    """Whether the others' results are about the same in company of a row a thousand times as large."""
+    x = np.random.default_rng(3).standard_normal((9, columns), np.float32)
+    alone, x[4] = linear(x), x[4] * 1000
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    return np.abs(linear(x)[others] - alone[others]).max() < 0.01 * np.abs(alone).max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_large_row_does_not_spoil_the_others(name):
+    """The first token of a text often has states of that kind."""
+    kernel = KERNELS[name]
+    assert untouched_by_a_large_row(kernel.prepare(random_matrix(kernel.kind, 64, 256, bias=False)), 256)
+
+
+def test_a_spoilt_row_is_noticed():
+    assert not untouched_by_a_large_row(one_scale(random_matrix("int8", 64, 256, bias=False)), 256)
 
 
 def test_a_kernel_refuses_another_kind():
@@ -136,7 +165,7 @@ def test_the_choice_has_the_wanted_properties(kind, streamed, invariant):
 
 
 def test_the_choice_is_the_fastest(monkeypatch):
-    costs = {"numpy-int8": 3.0, "onnx-int8": 2.0, "torch-int8": 1.0, "torch-packed-int8": 5.0}
+    costs = {"numpy-int8": 3.0, "onnx-int8": 2.0, "torch-int8": 1.0, "onnx-fine-int8": 5.0}
     few = {name: kernel for name, kernel in KERNELS.items() if name in costs}
     monkeypatch.setattr(kernels, "KERNELS", few)
     monkeypatch.setattr(kernels, "_costs", lambda *_: costs)
@@ -183,8 +212,7 @@ def test_rows_one_by_one_are_only_for_who_wants_them(monkeypatch, kind):
 
 
 def test_a_kernel_that_breaks_its_promise_here_is_not_chosen(monkeypatch):
-    liar = KERNELS["torch-packed-int8"]
-    lies = kernels.Kernel("liar", "int8", False, True, liar.make, liar.available)
+    lies = kernels.Kernel("liar", "int8", False, True, one_scale, lambda: True)
     honest = KERNELS["numpy-rows-int8"]
     monkeypatch.setattr(kernels, "KERNELS", {"liar": lies, honest.name: honest})
     monkeypatch.setattr(kernels, "_costs", lambda linears, *_: {name: 1.0 + (name != "liar") for name in linears})
@@ -195,6 +223,19 @@ def test_a_kernel_that_breaks_its_promise_here_is_not_chosen(monkeypatch):
 def test_an_empty_shape_is_refused(shape):
     with pytest.raises(ExperimentError, match="positive"):
         choose("int8", shape=shape)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if KERNELS[name].kind == "int4"])
+def test_the_head_of_int4_has_a_kernel_of_the_same_properties(name):
+    kernel = KERNELS[name]
+    found = suited(kernel, "int8")
+    assert (found.kind, found.streams) == ("int8", kernel.streams)
+    assert found.invariant >= kernel.invariant
+    assert suited(kernel, "int4") is suited(kernel, "float32") is kernel
+
+
+def test_only_int4_has_another_head():
+    assert all(suited(one, kind) is one for one in KERNELS.values() if one.kind != "int4" for kind in KINDS)
 
 
 def test_kernels_by_name():

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedge.core.errors import ModelError
-from fedge.edge.llm.shards.quant import KINDS, dequantise, quantise
+from fedge.edge.llm.shards.quant import KINDS, quantise
+from tests.llm_reference import dequantise
 
 SHAPES = st.tuples(st.integers(0, 5), st.integers(0, 70))
 WEIGHTS = SHAPES.flatmap(lambda shape: arrays(np.float32, shape, elements=st.floats(-(2.0**100), 2.0**100, width=32)))

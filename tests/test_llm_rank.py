@@ -19,13 +19,12 @@ from fedge.edge.llm.ranks.model import Model
 from fedge.edge.llm.ranks.rank import Rank
 from fedge.edge.llm.ranks.step import Copy, Part, Step
 from fedge.edge.llm.ranks.worker import serve_steps
-from fedge.edge.llm.shards.quant import dequantise
 from fedge.edge.llm.shards.shard import Shard, export, open_shard
 from fedge.edge.llm.shards.shares import Share, even
 from tests.llm_fixture import folder
 from tests.llm_group import group as sockets
 from tests.llm_ranks import Plain, Room, ThreadMesh, chunks, difference, group
-from tests.llm_reference import logits
+from tests.llm_reference import dequantise, logits
 
 IDS = np.random.default_rng(5).integers(0, 128, 24).tolist()
 WHOLE = (Share((0, 2), (0, 96)),)

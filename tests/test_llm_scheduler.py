@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fedge.core.errors import DataError, ExperimentError
+from fedge.core.errors import DataError, ExperimentError, TooLong
 from fedge.edge.llm.engine.lookup import Lookup
 from fedge.edge.llm.engine.scheduler import MAX_DRAFT, MIN_COMMON, Scheduler
 from fedge.edge.llm.ranks.step import Copy, Part
@@ -300,7 +300,7 @@ def test_prompts_that_cannot_run_are_refused_with_the_numbers():
     scheduler = Scheduler(2, 64, max_kv_tokens=50)
     assert scheduler.new_tokens(40, 5) == 5
     assert scheduler.new_tokens(40, 500) == 10
-    with pytest.raises(DataError, match="50 tokens, and 50"):
+    with pytest.raises(TooLong, match="50 tokens, and 50"):
         scheduler.add(1, [1] * 50, 1)
     with pytest.raises(DataError, match="no token"):
         scheduler.add(1, [], 1)

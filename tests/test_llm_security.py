@@ -19,9 +19,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedge.core.addresses import is_local
 from fedge.core.errors import ExperimentError, RankLost
+from fedge.core.limits import LlmLimits
 from fedge.edge.llm.mesh import handshake
-from fedge.edge.llm.mesh.handshake import is_loopback
 from fedge.edge.llm.mesh.mesh import connect
 from fedge.edge.llm.mesh.security import (
     KEY,
@@ -39,17 +40,18 @@ from fedge.edge.llm.mesh.security import (
 from tests.llm_group import KEY as SESSION
 from tests.llm_group import LIMITS, credentials, in_threads, listeners
 
-SHORT = replace(LIMITS, connect_timeout_s=1.0, step_timeout_s=0.5)
+SHORT = replace(LIMITS, connect_timeout_s=2.0, step_timeout_s=0.5)
+NEVER_MET = replace(SHORT, connect_timeout_s=1.0)
 
 
-def meet(secrets: list[Tls | None]) -> list[Any]:
+def meet(secrets: list[Tls | None], limits: LlmLimits = NEVER_MET) -> list[Any]:
     """Sums of ranks that speak TLS with these credentials, or what they raised."""
     size = len(secrets)
     made, addresses = listeners(size)
 
     def one(rank: int) -> float:
         with connect(
-            rank, size, addresses, SESSION, 3, listener=made[rank], limits=SHORT, tls=secrets[rank], collective="full"
+            rank, size, addresses, SESSION, 3, listener=made[rank], limits=limits, tls=secrets[rank], collective="full"
         ) as mesh:
             return float(mesh.allreduce(np.ones(2, np.float32)).sum())
 
@@ -61,7 +63,7 @@ def meet(secrets: list[Tls | None]) -> list[Any]:
 
 
 def test_ranks_with_pinned_certificates_meet() -> None:
-    assert meet(list(credentials(4))) == [8.0] * 4
+    assert meet(list(credentials(4)), LIMITS) == [8.0] * 4
 
 
 def _of_another(rank: int, secrets: list[Tls]) -> Tls:
@@ -157,14 +159,20 @@ def test_older_tls_is_refused_and_the_pin_is_the_whole_certificate() -> None:
         ("0.0.0.0", False),  # noqa: S104
         ("fe80::1%eth0", False),
         ("10.0.0.1", False),
+        ("::1%lo", True),
+        ("[::1]", True),
+        ("LocalHost", True),
+        ("example.org", False),
+        ("127.0.0.1%eth0", False),
+        ("", False),
     ],
 )
 def test_only_loopback_counts_as_this_machine(address: str, local: bool) -> None:
-    assert is_loopback(address) is local
+    assert is_local(address) is local
 
 
 def test_in_the_clear_another_device_gets_no_answer_and_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handshake, "is_loopback", lambda _: False)  # as if the other end were another device
+    monkeypatch.setattr(handshake, "is_local", lambda _: False)  # as if the other end were another device
     made, addresses = listeners(2)
     greeting = handshake.HELLO.pack(handshake.MAGIC, 3, 2, 1, 0, bytes(32))
 
@@ -182,21 +190,22 @@ def test_in_the_clear_another_device_gets_no_answer_and_is_told_nothing(monkeypa
     answer, refused = in_threads([stranger, rank_0])
     assert answer == b""
     assert isinstance(refused, RankLost)
-    monkeypatch.setattr(handshake, "_is_local", lambda _: True)
+    addresses = [address.replace("127.0.0.1", "localhost") for address in addresses]
+    monkeypatch.setattr(handshake, "is_local", lambda host: host == "localhost")
     heard: list[bytes] = []
 
     def rank_1() -> None:
         connect(1, 2, addresses, SESSION, 3, listener=made[1], limits=SHORT)
 
     def listen() -> None:
-        made[0].settimeout(2)
+        made[0].settimeout(20)
         with made[0].accept()[0] as sock:
             heard.append(sock.recv(1))
 
     _, refused = in_threads([listen, rank_1])
     assert heard == [b""]
     assert "TLS is needed" in str(refused)
-    assert meet(list(credentials(2))) == [4.0] * 2
+    assert meet(list(credentials(2)), LIMITS) == [4.0] * 2
     for one in made:
         one.close()
 
@@ -233,7 +242,7 @@ def test_grpc_speaks_tls_with_the_ticket_and_with_nothing_else(tmp_path: Path) -
             with grpc.secure_channel(f"127.0.0.1:{port}", trusted, options) as channel:
                 ready = grpc.channel_ready_future(channel)
                 if works:
-                    ready.result(10)
+                    ready.result(30)
                 else:
                     with pytest.raises(grpc.FutureTimeoutError):
                         ready.result(0.5)
@@ -294,3 +303,5 @@ def test_a_certificate_that_is_none_keeps_its_rank_out_with_a_sentence() -> None
     tls = Tls(*own, ("no certificate", own[0]))
     with listener, pytest.raises(RankLost, match="A certificate cannot be used"):
         connect(1, 2, [address, address], SESSION, 1, listener=listener, limits=SHORT, tls=tls)
+    with pytest.raises(ExperimentError, match="new identity"):
+        dialling(replace(tls, peers=("n\u00f6 certificate", own[0])), 0)

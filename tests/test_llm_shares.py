@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedge.core.errors import ExperimentError
 from fedge.edge.llm.models.config import Config, Rope
-from fedge.edge.llm.shards.shares import FFN_GRANULE, balanced, bytes_of, costs, even, proportional
+from fedge.edge.llm.shards.shares import FFN_GRANULE, balanced, bytes_of, cost_of_head, costs, even, proportional
 
 CONFIG = Config(
     "llama", 22, 2048, 5632, 32, 4, 64, 32000, 2048, 1e-5, Rope(), False, False, False, False, False, 0, None, ()
@@ -123,8 +123,8 @@ def test_a_head_as_large_as_the_layers_takes_rank_0_out_of_them():
 
 def test_bytes_follow_speeds():
     speeds = [1.0, 2.0, 4.0]
-    shares = proportional(CONFIG, speeds)
     for kind in ("float32", "int8", "int4"):
+        shares = proportional(CONFIG, speeds, cost_of_head(kind))
         sizes = [bytes_of(CONFIG, share, kind, rank == 0) for rank, share in enumerate(shares)]
         for size, speed in zip(sizes, speeds):
             assert size / sum(sizes) == pytest.approx(speed / sum(speeds), rel=0.03)

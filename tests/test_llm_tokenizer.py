@@ -1,6 +1,8 @@
 """Tokenizers: text there and back, streams that never break a character, templates in their sandbox."""
 
 import json
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -199,7 +201,7 @@ def test_a_library_that_panics_is_refused(pieces: Tokenizer, monkeypatch: pytest
     class Inner:
         raised: type[BaseException] = PanicException
 
-        def encode(self, *_: object, **__: object) -> None:
+        def encode_batch(self, *_: object, **__: object) -> None:
             raise self.raised("index out of bounds")
 
     monkeypatch.setattr(pieces, "_inner", Inner())
@@ -208,6 +210,29 @@ def test_a_library_that_panics_is_refused(pieces: Tokenizer, monkeypatch: pytest
     monkeypatch.setattr(Inner, "raised", KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         pieces.encode("a")
+
+
+def test_others_run_while_a_text_is_read(byte_level: Tokenizer) -> None:
+    go, ran = threading.Event(), threading.Event()
+
+    def other() -> None:
+        go.wait()
+        ran.set()
+
+    thread, interval_s = threading.Thread(target=other), sys.getswitchinterval()
+    thread.start()
+    try:
+        sys.setswitchinterval(1000)  # it has its turn only where it is let
+        go.set()
+        for _ in range(300):
+            byte_level.encode("the cat " * 500)
+            if ran.is_set():
+                break
+    finally:
+        found = ran.is_set()
+        sys.setswitchinterval(interval_s)
+        thread.join()
+    assert found
 
 
 # ---- Templates ---------------------------------------------------------------------------------------------------

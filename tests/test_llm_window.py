@@ -210,7 +210,7 @@ def test_it_reads_ahead_into_the_next_pass(tmp_path, monkeypatch):
         for block in shard.blocks:
             window.take(block.index)
             window.release(block.index)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while len(came) < 6 and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.02)
@@ -292,7 +292,7 @@ def test_a_disk_that_hangs_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     go = threading.Event()
     window = Window(shard, STREAMING["int8"], 2 * PAGE, False, limits=replace(LlmLimits(), step_timeout_s=0.05))
     try:
-        monkeypatch.setattr(window._file, "read", lambda *_: go.wait(10))
+        monkeypatch.setattr(window._file, "read", lambda *_: go.wait(60))
         with pytest.raises(ModelError, match="check the disk"):
             use(window, range(4))
     finally:
@@ -400,8 +400,14 @@ def test_what_is_no_file_is_never_let_go():
 
 
 def test_other_threads_run_while_pages_are_brought(tmp_path):
+    # With Python's own madvise nothing ticks in between. A busy machine may also keep the other thread waiting.
+    assert any(longest_silence(tmp_path / f"sparse-{at}") < 0.8 for at in range(10))
+
+
+def longest_silence(path):
+    """How long another thread was kept from running while pages were brought, as a share of the whole time."""
     size = 128 << 20
-    with (tmp_path / "sparse").open("w+b") as file:
+    with path.open("w+b") as file:
         file.truncate(size)
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     ticks, over = [], threading.Event()
@@ -421,7 +427,7 @@ def test_other_threads_run_while_pages_are_brought(tmp_path):
         over.set()
         thread.join()
     within = [begin, *(at for at in ticks if begin < at < end), end]
-    assert max(np.diff(within)) < 0.8 * (end - begin)  # with Python's own madvise nothing ticks in between
+    return max(np.diff(within)) / (end - begin)
 
 
 def descriptors(path):
@@ -449,6 +455,32 @@ def test_a_way_of_reading_that_is_refused_leaves_nothing_open(tmp_path, monkeypa
     file.close()
     with pytest.raises(ModelError, match="allow this process more memory"):
         blockfile.pages(1 << 60)
+
+
+def test_a_system_without_advice_and_direct_reads_is_read_through_the_cache(tmp_path, monkeypatch):
+    shard = file_of(tmp_path / "file", [1] * 4)
+    monkeypatch.setattr(blockfile, "room_bytes", lambda: 0)
+    monkeypatch.setattr(blockfile, "_DIRECT", 0)
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    window = Window(shard, STREAMING["int8"], 2 * PAGE)
+    try:
+        use(window, range(4))
+    finally:
+        window.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="Linux tells what is open")
+def test_a_window_that_finds_no_memory_leaves_nothing_open(tmp_path, monkeypatch):
+    shard = file_of(tmp_path / "file", [1] * 4)
+    before = len(descriptors(shard.path))
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("fedge.edge.llm.compute.window.pages", full)
+    with pytest.raises(MemoryError):
+        Window(shard, STREAMING["int8"], 2 * PAGE, False)
+    assert len(descriptors(shard.path)) == before
 
 
 def test_a_file_that_changes_while_its_pages_are_brought_is_told(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def test_what_is_no_address_is_refused(listen: str) -> None:
         check_listen(listen, allow_remote=False)
 
 
-@pytest.mark.parametrize("listen", ["127.0.0.1:80", "localhost:80", "[::1]:80", "127.9.9.9:1"])
+@pytest.mark.parametrize("listen", ["127.0.0.1:80", "localhost:80", "[::1]:80", "127.9.9.9:1", "[::ffff:127.0.0.1]:1"])
 def test_loopback_is_free(listen: str) -> None:
     check_listen(listen, allow_remote=False)
 
@@ -100,7 +100,7 @@ def test_serve_returns_the_machine_once_all_know_that_it_is_over(tmp_path: Path)
             await peer.upload(await peer.task())
         offers = [offer async for offer in peer.offers()]
         assert offers[-1].finished == "updates"
-        machine = await asyncio.wait_for(running, 10)
+        machine = await asyncio.wait_for(running, 30)
         assert (machine.updates, machine.finished) == (2, "updates")
         assert lines[-1].kind == "finished"
         await peer.channel.close()
@@ -121,9 +121,9 @@ def test_a_finished_run_that_is_served_again_ends_again(tmp_path: Path, monkeypa
         peer = Peer(await addresses.get(), "device")
         await peer.join()
         await peer.upload(await peer.task())
-        await asyncio.wait_for(running, 10)
+        await asyncio.wait_for(running, 30)
         await peer.channel.close()
-        machine = await asyncio.wait_for(served(tmp_path, **again), 10)
+        machine = await asyncio.wait_for(served(tmp_path, **again), 30)
         assert (machine.updates, machine.finished) == (1, "updates")
 
     asyncio.run(scenario())

@@ -28,7 +28,6 @@ from fedge.edge.coding.message import to_pb
 from fedge.protos import edge_pb2 as pb
 
 PROTOCOL = 1
-FAILED = "INTERNAL"  # the reason where the tail itself failed
 BATCH = -1  # an extent that counts samples; other negative ones are free, but count something else
 MAX_TEXT = 200  # characters of a name, a coding or a detail
 RANGE_BYTES = 32  # of one number of a range while it waits

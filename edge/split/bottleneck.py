@@ -48,9 +48,10 @@ def train_bottleneck(
     which is cheaper and does for convolutions. Raises DataError on features that do not fit each other.
     """
     ratio = _check(features_in, features_out, channels, stride)
-    torch.manual_seed(seed)
     random = np.random.default_rng(seed)
-    encoder, decoder = networks(features_in.shape[1], features_out.shape[1], channels, ratio, stride, width)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        encoder, decoder = networks(features_in.shape[1], features_out.shape[1], channels, ratio, stride, width)
     spread_in = _spread(features_in)[0]
     spread, mean = _spread(features_out)
     stages = [stage.eval().requires_grad_(requires_grad=False) for stage in later]

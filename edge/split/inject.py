@@ -144,7 +144,9 @@ def _operator(layer: nn.Module) -> tuple[str, dict[str, Any]]:
                 "dilations": list(layer.dilation),
                 "group": layer.groups,
             }
-            return ("Conv" if isinstance(layer, nn.Conv2d) else "ConvTranspose"), settings
+            if isinstance(layer, nn.Conv2d):
+                return "Conv", settings
+            return "ConvTranspose", {**settings, "output_padding": list(layer.output_padding)}
         case nn.ReLU():
             return "Relu", {}
         case nn.AdaptiveMaxPool2d(output_size=1):

@@ -42,18 +42,11 @@ def train_prefilter(
     counts = np.bincount(labels, minlength=2)
     if features.ndim != 4 or labels.shape != features.shape[:1] or counts.size != 2 or not counts.all():
         raise DataError("A prefilter learns from features [n, C, H, W] of images with and without objects; give both.")
-    torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     scale = float(features.std()) or 1.0
-    network = nn.Sequential(
-        nn.Conv2d(features.shape[1], width, 3, 2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(width, width, 3, 2, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveMaxPool2d(1),
-        nn.Flatten(),
-        nn.Linear(width, 2),
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network = _untrained(features.shape[1], width)
     weights = torch.from_numpy((labels.size / (2.0 * counts)).astype(np.float32))
     optimiser = torch.optim.Adam(network.parameters(), lr=rate)
     for _ in range(steps):
@@ -66,6 +59,18 @@ def train_prefilter(
     with torch.no_grad():
         next(network.parameters()).div_(scale)
     return network.eval()
+
+
+def _untrained(channels: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, 2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, 2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 2),
+    )
 
 
 def scores(network: nn.Sequential, features: Array, batch: int = 64) -> NDArray[np.float64]:

@@ -5,12 +5,12 @@ from the engine's thread to the event loop, and a request whose client hangs up 
 and never log what users write.
 """
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
-import anyio
 import anyio.to_thread
 import msgspec
 from starlette.applications import Starlette
@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from fedge.core.errors import DataError
+from fedge.core.errors import Overloaded, TooLong
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm.api import metrics, openai_types
 from fedge.edge.llm.api.http_gate import Gate, body, check_key
@@ -34,10 +34,14 @@ from fedge.edge.llm.engine.requests import Piece
 from fedge.edge.llm.models.template import Messages
 
 DONE = b"[DONE]"
+_GONE = 499  # the status where nobody is there to read it
 
 
 class Engine(Submits, Protocol):
     """What is needed of the engine."""
+
+    def requests(self) -> tuple[int, int]:
+        """How many run, and how many wait; told at once, as anybody may ask for it."""
 
     def stats(self) -> dict[str, float]:
         """Its figures; see metrics.py."""
@@ -121,8 +125,7 @@ class _Service:
     ) -> None:
         self._engine, self._tokenizer, self._name = engine, tokenizer, name
         self._limits, self._figures, self._started = limits, figures, int(time.time())
-        # Long prompts take longer to read than streams should wait; one thread, as the model needs the others.
-        self._one = anyio.CapacityLimiter(1)
+        self._reading = asyncio.Lock()
 
     async def chat(self, request: Request) -> ASGIApp:
         """POST /v1/chat/completions."""
@@ -143,8 +146,8 @@ class _Service:
 
     async def health(self, _: Request) -> Response:
         """GET /health: the server lives, and how many requests it has."""
-        stats = self._engine.stats()
-        return _json({"status": "ok", "running": stats["running"], "waiting": stats["waiting"]})
+        running, waiting = self._engine.requests()
+        return _json({"status": "ok", "running": running, "waiting": waiting})
 
     async def metrics(self, _: Request) -> Response:
         """GET /metrics."""
@@ -155,7 +158,9 @@ class _Service:
 
     async def _answer(self, request: Request, asked: Asked) -> ASGIApp:
         check_model(asked.model, self._name)
-        prompts = await anyio.to_thread.run_sync(self._prompts, asked, limiter=self._one)
+        prompts = await self._read(request, asked)
+        if prompts is None:
+            return Response(status_code=_GONE)
         form = self._form(asked)
         flight = self._flight(asked, prompts)
         if asked.stream:
@@ -165,8 +170,21 @@ class _Service:
         finally:
             flight.cancel()
         if answers is None:
-            return Response(status_code=499)  # nobody is there to read it
+            return Response(status_code=_GONE)
         return _json(form.whole(answers, usage(flight.usages, asked.choices)))
+
+    async def _read(self, request: Request, asked: Asked) -> list[Sequence[int]] | None:
+        """The tokens of each prompt, or None where the client has hung up. Raises Overloaded, before anything is read,
+        where the engine takes no more.
+        """
+        if sum(self._engine.requests()) >= self._limits.max_requests:
+            raise Overloaded("Too many requests wait or run already; ask again later.")
+        # Long prompts take longer to read than streams should wait: in a thread, one at a time, as the model needs the
+        # other cores.
+        async with self._reading:
+            if await request.is_disconnected():
+                return None
+            return await anyio.to_thread.run_sync(self._prompts, asked)
 
     def _prompts(self, asked: Asked) -> list[Sequence[int]]:
         """The tokens of each prompt."""
@@ -189,7 +207,7 @@ class _Service:
                 raise bad(f"A token is none of the model's {self._tokenizer.vocab}; use its tokenizer.", "prompt")
         try:
             return Flight(self._engine, asked.requests(prompts))
-        except DataError as error:  # all else that it says of a prompt has been checked
+        except TooLong as error:
             param = "messages" if asked.chat else "prompt"
             raise bad(str(error), param, "context_length_exceeded") from error
 

@@ -6,13 +6,13 @@ to this machine), and the reading of bodies. Must never look into a body.
 
 import asyncio
 import hmac
-import ipaddress
 from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fedge.core.addresses import is_local
 from fedge.core.errors import ExperimentError
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm.api.openai_errors import ApiError, bad
@@ -52,7 +52,7 @@ class Gate:
 
     def _check(self, path: str, headers: Headers) -> None:
         if self._key is None:
-            if not _loopback(headers.get("host", "localhost")):
+            if not is_local(_host(headers.get("host", "localhost"))):
                 raise ApiError(403, "Without an API key this server answers to localhost only; start it with one.")
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -62,13 +62,9 @@ class Gate:
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-def _loopback(host: str) -> bool:
-    """Whether a Host header names this machine, as nobody else can make it do: a name may be pointed anywhere."""
-    name = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-    try:
-        return name.lower() == "localhost" or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
+def _host(header: str) -> str:
+    """Of a Host header, without the port."""
+    return header.partition("]")[0] if header.startswith("[") else header.partition(":")[0]
 
 
 async def body(request: Request, limits: LlmLimits = LlmLimits()) -> bytes:

@@ -1,7 +1,7 @@
 """The HTTP server as a process sees it: a socket, uvicorn, and how long a connection may keep it waiting.
 
 Owns the socket and its timeouts. What others can reach needs an API key. A client that sends its request too slowly,
-or reads nothing of its answer, loses its connection. Must never look at a request.
+or (on Linux) reads nothing of its answer, loses its connection. Must never look at a request.
 """
 
 import asyncio
@@ -71,7 +71,7 @@ def _listener(listen: str, protected: bool, limits: LlmLimits) -> socket.socket:
         made = socket.create_server((host, port), family=family, backlog=limits.max_connections)
     except OSError as error:
         raise AddressError(f"{host}:{port} cannot be listened on ({error}); name another address.") from error
-    # Connections inherit these: peers that are gone are found, and those that do not read are dropped by the system.
+    # Connections inherit these: peers that are gone are found, and on Linux those that do not read are dropped, too.
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(limits.http_timeout_s)))

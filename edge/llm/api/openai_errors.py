@@ -52,12 +52,9 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
 def failed(cause: type[Exception] | None) -> ApiError:
     """What a client is told of a request that failed on its way. Sentences may name folders, so the kind is all."""
     if cause is not None and issubclass(cause, AddressError | RankLost):
-        sentence = "The devices that hold the model cannot be reached; ask again later."
+        sentence = "The devices that are there cannot hold the model, or cannot be reached; ask again later."
         return ApiError(503, sentence, code="unavailable", headers=RETRY_AFTER)
-    sentence = "The model failed; ask again, or see the server's log."
-    if cause is not None and issubclass(cause, ModelError):
-        sentence = "The devices that are there cannot hold or run the model; ask again, or see the server's log."
-    return ApiError(500, sentence, code="model_failed")
+    return ApiError(500, "The model failed; ask again, or see the server's log.", code="model_failed")
 
 
 def told(error: Exception) -> ApiError:

@@ -44,6 +44,7 @@ MAX_BIASES = 1024
 _Float2 = Annotated[float, Meta(ge=-2, le=2)]
 _Count = Annotated[int, Meta(ge=1)]
 _Top = Annotated[int, Meta(ge=0, le=20)]
+_Token = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]  # no vocabulary is larger, and a cloud takes so many digits
 
 
 class _StreamOptions(msgspec.Struct):
@@ -77,9 +78,7 @@ class _Common(msgspec.Struct, kw_only=True):
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     presence_penalty: _Float2 = 0.0
     frequency_penalty: _Float2 = 0.0
-    logit_bias: Annotated[
-        dict[Annotated[int, Meta(ge=0)], Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)
-    ] = {}
+    logit_bias: Annotated[dict[_Token, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] = {}
 
 
 class _Chat(_Common, kw_only=True):

@@ -2,8 +2,8 @@
 
 A device keeps one stream, over which it may have many sequences; a second stream of the same device takes the place of
 the first. A message that is none, or out of order, is refused by itself, and the stream goes on. A stream occupies two
-threads for as long as it is open; where nothing is said over it, it is ended, and the device opens the next. Owns who
-may call, and what each caller is sent. Must never compute.
+threads for as long as it is open, and there are as many as the limits allow. One over which nothing is said is ended,
+and its device opens the next. Owns who may call, and what each caller is sent. Must never compute.
 """
 
 import contextlib
@@ -40,27 +40,26 @@ _log = logging.getLogger("fedge")
 
 
 class ContinueService:
-    """The two calls, for the model of digest `model` from `layer` on. Whoever calls must have the `token`."""
+    """The two calls, for the model of digest `model` from `layer` on."""
 
-    def __init__(self, continuer: Continuer, model: str, layer: int, token: str, limits: LlmLimits) -> None:
-        self._continuer, self._model, self._layer = continuer, model, layer
-        self._token, self._limits = token, limits
+    def __init__(self, continuer: Continuer, model: str, layer: int, limits: LlmLimits) -> None:
+        self._continuer, self._model, self._layer, self._limits = continuer, model, layer, limits
         self._streams: dict[str, Stream] = {}
         self._lock = threading.Lock()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """For a server. Messages of Talk stay bytes, so that each is judged by itself."""
         calls = {
-            "Meet": grpc.unary_unary_rpc_method_handler(
+            "Meet": grpc.stream_unary_rpc_method_handler(
                 self.meet, pb.MeetRequest.FromString, pb.MeetReply.SerializeToString
             ),
             "Talk": grpc.stream_stream_rpc_method_handler(self.talk, None, wire.told_bytes),
         }
         return grpc.method_handlers_generic_handler(wire.SERVICE, calls)
 
-    def meet(self, request: pb.MeetRequest, context: Context) -> pb.MeetReply:
+    def meet(self, requests: Iterator[pb.MeetRequest], context: Context) -> pb.MeetReply:
         """What is served, to a device that has the other half of it."""
-        control.admit(self._token, context)
+        request = control.first(requests, context, self._limits.connect_timeout_s)
         self._compare(request.protocol, request.model, request.layer, context)
         return pb.MeetReply(
             model=self._model,
@@ -72,16 +71,12 @@ class ContinueService:
     def talk(self, messages: Iterator[bytes], context: Context) -> Iterator[Told]:
         """One device's stream, until it hangs up and has its answers, says nothing for long, or its next one comes."""
         stream = Stream(self._talker(context), context.cancel, self._limits)
-        with self._lock:
-            older = self._streams.get(stream.client)
-            self._streams[stream.client] = stream
-        if older:
-            older.cut()
-        # Messages only end, as if the device still listened, where it says that it is finished before it hangs up.
-        if not context.add_callback(stream.gone):
-            stream.gone()
-        threading.Thread(target=self._listen, args=(messages, stream), name="fedge-asks", daemon=True).start()
+        self._let_in(stream, context)
         try:
+            # Messages only end, as if the device still listened, where it says that it is finished before it hangs up.
+            if not context.add_callback(stream.gone):
+                stream.gone()
+            threading.Thread(target=self._listen, args=(messages, stream), name="fedge-asks", daemon=True).start()
             while reply := stream.next():
                 yield reply
         finally:
@@ -90,6 +85,17 @@ class ContinueService:
             with self._lock:
                 if self._streams.get(stream.client) is stream:
                     del self._streams[stream.client]
+
+    def _let_in(self, stream: Stream, context: Context) -> None:
+        """Take the place of the device's last stream, or a free one; ends the call where there is none."""
+        with self._lock:
+            older = self._streams.get(stream.client)
+            if older is None and len(self._streams) >= self._limits.max_devices:
+                detail = f"The cloud has its {self._limits.max_devices} devices; it is tried again when one has left."
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, detail)
+            self._streams[stream.client] = stream
+        if older:
+            older.cut()
 
     def _listen(self, messages: Iterator[bytes], stream: Stream) -> None:
         try:
@@ -125,7 +131,6 @@ class ContinueService:
             return Told(number, session, known, reason=error.reason, detail=str(error))
 
     def _talker(self, context: Context) -> str:
-        control.admit(self._token, context)
         given = {key: str(value) for key, value in context.invocation_metadata()}
         client, protocol, layer = (given.get(key, "") for key in (wire.CLIENT, wire.VERSION, wire.LAYER))
         numbers = [int(text) if text.isdecimal() and len(text) < 10 else -1 for text in (protocol, layer)]
@@ -166,7 +171,7 @@ def cloud_at(
     one. `kernel` None: the fastest of those that compute each sequence as if it were alone. Raises AddressError,
     ExperimentError and ModelError.
     """
-    shard = _upper(open_shard(path))
+    shard = _upper(open_shard(path, limits))
     longest = shard.config.room(context)
     with contextlib.ExitStack() as opened:
         blocks = Resident(shard, kernel_for(shard, kernel, limits, invariant=True))
@@ -174,8 +179,7 @@ def cloud_at(
         rank = Rank(shard, blocks, Alone(), slots=slots, context=longest, limits=limits)
         continuer = Continuer(rank, Head(shard, blocks), limits)
         opened.callback(continuer.close)
-        token = ticket.token if ticket else ""
-        service = ContinueService(continuer, shard.model, shard.layers.start, token, limits)
+        service = ContinueService(continuer, shard.model, shard.layers.start, limits)
         listening = serve(service, listen, ticket, key, limits)
         opened.callback(listening.stop)
         yield listening.address

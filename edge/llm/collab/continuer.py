@@ -183,9 +183,9 @@ class Continuer:
             if count := min(one.stop - session.computed, room):
                 shares.append(_Share(one, session, Part(slot, session.computed, count)))
                 room -= count
-        freed, self._contexts.vacated = tuple(sorted(self._contexts.vacated)), set()
         windows = [self._contexts.window(one.session, one.part.start, one.stop) for one in shares]
         x = np.concatenate(windows) if windows else np.empty((0, self.hidden), np.float32)
+        freed, self._contexts.vacated = tuple(sorted(self._contexts.vacated)), set()  # last: the above may find no room
         return shares, Step(tuple(one.part for one in shares), free=freed), x
 
     def _seated(self, one: _Waiting) -> tuple[_Waiting, Session, int] | None:

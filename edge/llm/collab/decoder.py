@@ -181,8 +181,16 @@ class Decoder:
         if self._cloud and (sampling.presence_penalty or sampling.frequency_penalty):
             raise DataError("A cloud that never sees the tokens knows no penalties; ask without, or standalone.")
 
-    def run(self, prompt: Sequence[int], sampling: Sampling, most: int, stops: Sequence[int] = ()) -> Generator[Token]:
+    def run(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        most: int,
+        stops: Sequence[int] = (),
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> Generator[Token]:
         """Up to `most` tokens after the prompt, the last of them maybe one of `stops`. `summary` tells what they cost.
+        `wanted` is asked while the prompt is read, which may take long; once it is false, there is no token.
 
         Random numbers are those of (seed, position), wherever a token is drawn. Raises DataError for a prompt that is
         empty or does not fit, ModelError for states or logits that are no numbers.
@@ -192,23 +200,30 @@ class Decoder:
         if not prompt or len(prompt) + most > self._segments.context:
             raise DataError(f"A prompt and its answer have 2 to {self._segments.context} tokens; ask for fewer.")
         self.check(sampling)
+        since = self._clock()
         self._segments.clear()
         if answer.cloud:
             answer.cloud.begin(sampling)
         try:
-            yield from self._tokens(answer, prompt)
+            if self._read(answer, prompt, wanted):
+                yield from self._tokens(answer, since)
         finally:
             self._count(answer)
             if answer.cloud:
                 answer.cloud.end()
 
-    def _tokens(self, answer: _Answer, prompt: Sequence[int]) -> Iterator[Token]:
-        since = self._clock()
+    def _read(self, answer: _Answer, prompt: Sequence[int], wanted: Callable[[], bool]) -> bool:
+        """All of the prompt but its end, which waits; False where nobody wants the answer any more."""
         rest = (len(prompt) - 1) % _PROMPT_ROWS + 1
         for first in range(0, len(prompt) - rest, _PROMPT_ROWS):
+            if not wanted():
+                return False
             self._segments.feed(prompt[first : first + _PROMPT_ROWS])
             self._up(answer)
         self._segments.feed(prompt[len(prompt) - rest :])
+        return wanted()
+
+    def _tokens(self, answer: _Answer, since: float) -> Iterator[Token]:
         turn = self._guessing if self._settings.mode == "speculative" else self._asking
         while answer.left:
             for label, said in turn(answer):

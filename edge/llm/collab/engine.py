@@ -22,7 +22,7 @@ from fedge.edge.llm.collab.decoder import Decoder, Summary, Token
 from fedge.edge.llm.engine.answer import Answer
 from fedge.edge.llm.engine.engine import Mean, Tokenizer, failure
 from fedge.edge.llm.engine.handle import Handle
-from fedge.edge.llm.engine.requests import Piece, Request
+from fedge.edge.llm.engine.requests import Piece, Request, new_tokens
 from fedge.edge.llm.engine.sampler import Sampling
 
 log = logging.getLogger("fedge")
@@ -77,6 +77,8 @@ class Engine:
         penalties), Overloaded where too many wait, AddressError after `close`.
         """
         came_at = self._clock()
+        wanted = self._limits.max_new_tokens if request.max_tokens is None else request.max_tokens
+        room = new_tokens(len(request.tokens), wanted, self._decoder.context)
         self._decoder.check(request.sampling)
         if request.top_logprobs is not None:
             raise DataError("The cloud tells tokens alone, no log-probabilities; ask without them.")
@@ -87,7 +89,7 @@ class Engine:
             stops = self._tokenizer.eos if self._tokenizer else ()
         stream = self._tokenizer.stream() if self._tokenizer else None
         chosen = replace(request, sampling=_CHOSEN)
-        answer = Answer(chosen, self._room(request), stops, stream, came_at)
+        answer = Answer(chosen, room, stops, stream, came_at)
         seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
         with self._wake:
             if self._closed:
@@ -99,6 +101,11 @@ class Engine:
             self._waiting.append(_Job(handle, answer, replace(request.sampling, seed=seed)))
             self._wake.notify_all()
         return handle
+
+    def requests(self) -> tuple[int, int]:
+        """How many run, and how many wait."""
+        with self._wake:
+            return int(self._running is not None), len(self._waiting)
 
     def close(self) -> None:
         """End all requests as cancelled, and the thread: a question to the cloud that is under way is waited for, and a
@@ -115,7 +122,7 @@ class Engine:
         with self._wake:
             times, finished, sums = dict(self._times), dict(self._finished), dict(self._sums)
             means = {"mean_ttft_s": self._ttft_s.value, "mean_tpot_s": self._tpot_s.value}
-            running, waiting = int(self._running is not None), len(self._waiting)
+            running, waiting = self.requests()
         return {
             "running": running,
             "waiting": waiting,
@@ -127,13 +134,6 @@ class Engine:
             **means,
             **sums,
         }
-
-    def _room(self, request: Request) -> int:
-        """How many tokens the answer may have. Raises DataError."""
-        room = self._decoder.context - len(request.tokens)
-        if not request.tokens or room < 1:
-            raise DataError(f"A prompt has 1 to {self._decoder.context - 1} tokens here; send a shorter one.")
-        return min(room, self._limits.max_new_tokens if request.max_tokens is None else request.max_tokens)
 
     def _cancel(self, key: int) -> None:
         with self._wake:
@@ -161,6 +161,12 @@ class Engine:
         for job in gone:
             self._finish(job, Piece(None, finish="cancelled"))
 
+    def _wanted(self, job: _Job) -> bool:
+        """Whether the request that runs shall go on. Those in the queue that shall not are ended meanwhile."""
+        self._drop()
+        with self._wake:
+            return not self._closed and job.handle.key not in self._cancelled
+
     def _serve(self, job: _Job) -> None:
         began_at = self._clock()
         try:
@@ -177,7 +183,9 @@ class Engine:
     def _answer(self, job: _Job) -> Piece:
         """Hand out all pieces but the last, which is returned."""
         answer, asked = job.answer, job.answer.request
-        tokens = self._decoder.run(asked.tokens, job.sampling, answer.new_tokens, answer.stop_tokens)
+        tokens = self._decoder.run(
+            asked.tokens, job.sampling, answer.new_tokens, answer.stop_tokens, lambda: self._wanted(job)
+        )
         with contextlib.closing(tokens):
             for token in tokens:
                 self._watch_safely(job, token)
@@ -186,10 +194,8 @@ class Engine:
                 if piece.finish:
                     return piece
                 job.handle.deliver(piece)
-                self._drop()
-                with self._wake:
-                    if self._closed or job.handle.key in self._cancelled:
-                        break
+                if not self._wanted(job):
+                    break
         return Piece(None, finish="cancelled")
 
     def _piece(self, answer: Answer, token: int) -> Piece:

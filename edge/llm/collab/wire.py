@@ -32,7 +32,7 @@ SLACK_BYTES = 1 << 10  # of a message beside its states
 
 _MOST_F16 = 65504.0
 _MAX_NAME_BYTES = 64
-_MAX_SAMPLING_BYTES = 1 << 14
+_MAX_SAMPLING_BYTES = 1 << 16  # the API's 1024 biases have up to 40 each
 _MAX_DETAIL = 500  # characters
 _AGAIN = "install the same version of fedge on both ends"
 

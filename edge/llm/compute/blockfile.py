@@ -73,7 +73,7 @@ class BlockFile:
                     raise ModelError(f"{self.path} ends within block {block.index}; export it again and start anew.")
                 at += got
             self.check()
-            if not (self.direct or self.keep):
+            if not (self.direct or self.keep) and hasattr(os, "posix_fadvise"):  # macOS has none
                 os.posix_fadvise(self._handle, block.offset, block.bytes, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise ModelError(f"{self.path} cannot be read ({error}); check the disk or export it again.") from error

@@ -1,10 +1,12 @@
 """How much memory the system may still give this process and its files, by the limits of its control groups.
 
 Owns the files of control groups, version 1 and 2 (Linux's admin-guide, cgroup-v1/memory and cgroup-v2). Elsewhere, and
-where no limit is set, only the machine's free memory counts. Must never set anything.
+where no limit is set, only the machine's free memory counts, or half of all where a system does not say what is free.
+Must never set anything.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +38,14 @@ def _folders(own: Path, root: Path) -> Iterator[Path]:
 
 def _free(meminfo: Path) -> float:
     kilobytes = _fields(meminfo).get("MemAvailable:")
-    return float("inf") if kilobytes is None else kilobytes * 1024
+    return _installed() / 2 if kilobytes is None else kilobytes * 1024
+
+
+def _installed() -> float:
+    """All memory of the machine; infinite where the system does not say."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no such call, or no such name
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return float("inf")
 
 
 def _number(path: Path) -> float:

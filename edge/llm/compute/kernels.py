@@ -17,7 +17,7 @@ from fedge.core.lanes import plain_products
 from fedge.core.params import Array
 from fedge.edge.llm.compute import numpy_kernels, onnx_kernels, torch_kernels
 from fedge.edge.llm.compute.cgroup import room_bytes
-from fedge.edge.llm.shards.quant import Kind, Matrix, blocks
+from fedge.edge.llm.shards.quant import HEADS, Kind, Matrix, blocks
 
 Linear = Callable[[Array], Array]
 PROMPT = 64  # rows that stand for a prompt
@@ -64,7 +64,6 @@ _ALL = (
     Kernel("onnx-int4", "int4", False, True, onnx_kernels.int4, onnx_kernels.available),
     Kernel("torch-float32", "float32", True, False, torch_kernels.float32, torch_kernels.available),
     Kernel("torch-int8", "int8", True, True, torch_kernels.int8, torch_kernels.available),
-    Kernel("torch-packed-int8", "int8", False, False, torch_kernels.packed_int8, torch_kernels.packs),
 )
 KERNELS = {kernel.name: kernel for kernel in _ALL}
 
@@ -76,6 +75,15 @@ def named(name: str, kind: Kind) -> Kernel:
         usable = ", ".join(one.name for one in KERNELS.values() if one.kind == kind and one.available())
         raise ExperimentError(f"There is no kernel {name!r} for {kind} on this machine; name one of {usable}.")
     return kernel
+
+
+def suited(kernel: Kernel, kind: Kind) -> Kernel:
+    """The kernel itself, or one of its properties for the head of its shard, where that is of another `kind`."""
+    if kind == kernel.kind or kind != HEADS[kernel.kind]:
+        return kernel
+    alike = [one for one in KERNELS.values() if (one.kind, one.streams) == (kind, kernel.streams) and one.available()]
+    alike = [one for one in alike if one.invariant or not kernel.invariant]
+    return min(alike, key=lambda one: one.name.startswith("numpy"))  # of the others the first
 
 
 @plain_products

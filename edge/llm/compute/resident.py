@@ -12,7 +12,7 @@ from dataclasses import replace
 from fedge.core.lanes import plain_products
 from fedge.core.params import Array
 from fedge.edge.llm.compute import heap
-from fedge.edge.llm.compute.kernels import Kernel, Linear
+from fedge.edge.llm.compute.kernels import Kernel, Linear, suited
 from fedge.edge.llm.models import advice
 from fedge.edge.llm.shards.layout import BlockSpec
 from fedge.edge.llm.shards.quant import Matrix
@@ -50,7 +50,9 @@ class Resident:
 
 def prepared(found: dict[str, Matrix | Array], kernel: Kernel) -> dict[str, Linear | Array]:
     """A block's views with linear maps instead of matrices."""
-    return {name: kernel.prepare(one) if isinstance(one, Matrix) else one for name, one in found.items()}
+    return {
+        name: suited(kernel, one.kind).prepare(one) if isinstance(one, Matrix) else one for name, one in found.items()
+    }
 
 
 def _own(found: dict[str, Matrix | Array]) -> dict[str, Matrix | Array]:

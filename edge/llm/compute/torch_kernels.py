@@ -7,7 +7,6 @@ import importlib.util
 import threading
 import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,6 @@ _TINY = np.float32(1e-30)  # instead of a scale of 0, so that zeros stay zeros
 def available() -> bool:
     """Whether torch is installed."""
     return importlib.util.find_spec("torch") is not None
-
-
-@cache
-def packs() -> bool:
-    """Whether this torch has a packed int8 product for this processor."""
-    return available() and "x86" in _torch().backends.quantized.supported_engines
 
 
 def _torch() -> Any:
@@ -58,7 +51,10 @@ def float32(matrix: Matrix) -> Callable[[Array], Array]:
 
 
 def int8(matrix: Matrix) -> Callable[[Array], Array]:
-    """int8 where it lies; every row of x is rounded to int8 with a scale of its own, and sums are exact."""
+    """int8 where it lies; every row of x is rounded to int8 with a scale of its own, and sums are exact.
+
+    torch's packed product is faster and has one scale for all rows, with which a text's first token spoils the others.
+    """
     if matrix.columns == 1:  # torch 2.13 reads beyond such a matrix
         return single_rows(matrix)
     weight, scale = _shared(matrix.data).t(), matrix.scale
@@ -71,25 +67,6 @@ def int8(matrix: Matrix) -> Callable[[Array], Array]:
             y: Array = torch._int_mm(torch.from_numpy(levels), weight).numpy().astype(np.float32)
         y *= scale
         y *= size
-        return y
-
-    return linear
-
-
-def packed_int8(matrix: Matrix) -> Callable[[Array], Array]:
-    """int8 in an order of torch's own; all of x is rounded to 8 bits with one scale."""
-    torch = _torch()
-    with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # torch calls such tensors deprecated
-        zeros = torch.zeros(matrix.rows, dtype=torch.int64)
-        scale = torch.from_numpy(matrix.scale.astype(np.float64))
-        weight = torch._make_per_channel_quantized_tensor(_shared(matrix.data), scale, zeros, 0)
-        packed = torch.ops.quantized.linear_prepack(weight, None)
-
-    def linear(x: Array) -> Array:
-        torch = _torch()
-        with torch.inference_mode():
-            y: Array = torch.ops.quantized.linear_dynamic(_shared(x), packed, False).numpy()
         return y
 
     return linear

@@ -76,7 +76,7 @@ class Window:
         try:
             self._buffers = [pages(largest.bytes) for _ in range(BUFFERS if self._streamed else 0)]
             self._pinned = {block.index: self._keep(block) for block in shard.blocks if block.index in stay}
-        except ModelError:
+        except BaseException:  # no memory, say: nobody else knows of the file
             self._file.close()
             raise
         self._views: dict[tuple[int, int], _Views] = {}

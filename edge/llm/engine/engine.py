@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fedge.core.errors import AddressError, DataError, ExperimentError, FedgeError, Overloaded, RankLost
@@ -96,6 +96,7 @@ class Engine:
     `vocab` is the number of tokens the model knows. `recover` gives a model that works after ranks were lost; it may
     take long, and requests wait for it. Without it the same model is tried again, and the requests that ran end with
     an error. `between` is asked while there are no requests, and gives a model that is to be used from now on, or None.
+    `give_up` is called by `close`, in its thread, and makes whichever of the two is under way raise soon.
     `speculate` lets greedy requests guess tokens (lookup.py); answers are the same as far as the model's
     arithmetic does not depend on who shares a pass. The models stay the caller's to close.
     Raises ExperimentError for sizes that cannot work.
@@ -114,13 +115,15 @@ class Engine:
         speculate: bool = True,
         recover: Callable[[], Model] | None = None,
         between: Callable[[], Model | None] | None = None,
+        give_up: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits = limits or LlmLimits()
         if slots > self._limits.max_slots:
             raise ExperimentError(f"{slots} slots are more than the limit of {self._limits.max_slots}; ask for fewer.")
         self._model, self._tokenizer, self._vocab = model, tokenizer, vocab
-        self._recover, self._between, self._clock, self._speculate = recover, between, clock, speculate
+        self._recover, self._between, self._give_up = recover, between, give_up
+        self._clock, self._speculate = clock, speculate
         self._scheduler = Scheduler(
             slots, context, self._limits.max_step_tokens, self._limits.chunk_tokens, max_kv_tokens
         )
@@ -166,11 +169,19 @@ class Engine:
             self._wake.notify_all()
         return handle
 
+    def requests(self) -> tuple[int, int]:
+        """How many run, and how many wait."""
+        with self._wake:
+            handles = len(self._handles)
+        running = len(self._scheduler.running)
+        return running, max(0, handles - running)
+
     def close(self) -> None:
         """End all requests as cancelled, and the thread. A pass that is under way is waited for, within limits."""
         with self._wake:
             self._closed = True
             self._wake.notify_all()
+        self._give_up()
         if threading.current_thread() is not self._thread:
             self._thread.join(self._limits.step_timeout_s)
         self._end(list(self._handles), "cancelled")
@@ -179,12 +190,12 @@ class Engine:
         """Counters since the start, gauges of this moment, and means of requests that have such a time; in seconds."""
         totals, scheduler = self._totals, self._scheduler
         with self._wake:
-            finished, handles = dict(self._finished), len(self._handles)
+            finished = dict(self._finished)
             means = {"mean_ttft_s": self._ttft_s.value, "mean_tpot_s": self._tpot_s.value}
-        running = len(scheduler.running)
+        running, waiting = self.requests()
         return {
             "running": running,
-            "waiting": max(0, handles - running),
+            "waiting": waiting,
             **{f"finished_{name}": finished.get(name, 0) for name in ("stop", "length", "cancelled", "error")},
             "steps": totals.steps,
             "step_tokens": totals.step_tokens,
@@ -330,8 +341,12 @@ class Engine:
                 self._model = self._recover()
                 self._totals.recoveries += 1
         except Exception as error:
+            if self._closed:  # it was given up, and all end as cancelled
+                return False
             log.warning("The model could not be recovered: %s", error)
-            self._fail(list(self._answers), error)
+            last = replace(failure(error), cause=RankLost)  # whatever hindered it, devices may come back
+            for key in list(self._answers):
+                self._finish(key, last)
             return False
         self._broken = False
         return True

@@ -6,7 +6,7 @@ Owns the types between the engine and whoever serves it. Must never hold a slot,
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fedge.core.errors import DataError
+from fedge.core.errors import DataError, TooLong
 from fedge.edge.llm.engine.sampler import Logprob, Sampling
 
 Finish = Literal["stop", "length", "cancelled", "error"]
@@ -40,10 +40,23 @@ class Request:
             raise DataError(f"top_logprobs is {self.top_logprobs}; name a number from 0 to 20.")
 
 
+def new_tokens(prompt: int, wanted: int, most: int) -> int:
+    """How many tokens may follow a prompt of so many: `wanted`, or what is left of `most` for both.
+
+    Raises DataError where there is no prompt, TooLong where there is no room behind it.
+    """
+    if prompt < 1:
+        raise DataError("The prompt has no token; send at least one.")
+    if prompt >= most:
+        raise TooLong(f"The prompt has {prompt} tokens, and {most} with the answer fit; shorten it.")
+    return min(wanted, most - prompt)
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """What one token added. The last piece of a request has `finish`; where that is "error", also `error` (one sentence
-    for this machine's user, which may name files) and perhaps the error's class, `cause`.
+    for this machine's user, which may name files) and perhaps the error's class, `cause`: RankLost also where ranks
+    that were lost could not be replaced, whatever hindered it.
 
     `token` is None where a piece only ends the request. `text` may be empty: the token is half a character, or may be
     the beginning of a stop string, and comes with a later piece.

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedge.core.errors import DataError, ExperimentError
+from fedge.core.errors import ExperimentError
 from fedge.core.params import Array
 from fedge.edge.llm.engine.lookup import Lookup
+from fedge.edge.llm.engine.requests import new_tokens
 from fedge.edge.llm.ranks.step import Copy, Part, Step
 
 MIN_COMMON = 16  # tokens; for fewer than these, what a slot holds is neither copied nor overwritten
@@ -119,18 +120,11 @@ class Scheduler:
         return sum(slot.held for slot in self.slots)
 
     def new_tokens(self, prompt: int, wanted: int) -> int:
-        """How many tokens may follow a prompt of so many: `wanted`, or what is left. Reads no state that changes.
-
-        Raises DataError where there is no prompt, or no room behind it.
-        """
-        if prompt < 1:
-            raise DataError("The prompt has no token; send at least one.")
-        if prompt >= self.most_tokens:
-            raise DataError(f"The prompt has {prompt} tokens, and {self.most_tokens} with the answer fit; shorten it.")
-        return min(wanted, self.most_tokens - prompt)
+        """How many tokens may follow a prompt of so many. Reads no state that changes. As requests.new_tokens."""
+        return new_tokens(prompt, wanted, self.most_tokens)
 
     def add(self, key: int, prompt: Sequence[int], new_tokens: int, *, drafts: bool = False) -> None:
-        """Let a sequence wait; `key` is new. `drafts` allows guesses. Raises DataError as `new_tokens` does."""
+        """Let a sequence wait; `key` is new. `drafts` allows guesses. Raises as `new_tokens` does."""
         most = len(prompt) + self.new_tokens(len(prompt), new_tokens)
         self.waiting.append(_Sequence(key, list(prompt), most, Lookup(MAX_DRAFT) if drafts else None))
 

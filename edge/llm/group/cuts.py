@@ -9,7 +9,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from fedge.core.errors import ModelError
 from fedge.core.limits import LlmLimits
 from fedge.edge.files import replacing
 from fedge.edge.llm.models.folder import Folder
+from fedge.edge.llm.shards.about import FORMAT
 from fedge.edge.llm.shards.layout import bytes_of
 from fedge.edge.llm.shards.quant import Kind
 from fedge.edge.llm.shards.shard import digest, export
@@ -55,16 +56,16 @@ class Cuts:
         """The file of this digest, or None."""
         return self._known.get(digest)
 
-    def make(self, shares: Sequence[Share]) -> list[Cut]:
+    def make(self, shares: Sequence[Share], watch: Callable[[], None] = lambda: None) -> list[Cut]:
         """The shards of all ranks, cut if they are not there yet. Raises ModelError where there is no room.
 
-        They stay until the next ones are made, or until `close`.
+        They stay until the next ones are made, or until `close`. `watch` is asked between blocks, and may raise.
         """
-        fact = msgspec.json.encode([self._folder.digest, self._kind, *shares])
+        fact = msgspec.json.encode([FORMAT, self._folder.digest, self._kind, *shares])
         home = self._root / f"cut-{hashlib.sha256(fact).hexdigest()[:32]}"
         with _locked(self._root / _CUTTING, fcntl.LOCK_EX):
             self._served.close()  # who removes anything waits for the other lock
-            cuts = self._made(home, shares)
+            cuts = self._made(home, shares, watch)
             self._served.enter_context(_locked(home / _SERVED, fcntl.LOCK_SH))
         self._known = {one.digest: one.path for one in cuts} | self._known
         return cuts
@@ -73,16 +74,15 @@ class Cuts:
         """Other heads may remove what was served."""
         self._served.close()
 
-    def _made(self, home: Path, shares: Sequence[Share]) -> list[Cut]:
+    def _made(self, home: Path, shares: Sequence[Share], watch: Callable[[], None]) -> list[Cut]:
         cuts = _read(home)
         if not all(self._whole(one) for one in cuts):
             cuts = []
         if len(cuts) != len(shares):
             need = sum(bytes_of(self._folder.config, share, self._kind, rank == 0) for rank, share in enumerate(shares))
             self._prune(home, need)
-            cuts = [
-                Cut(path, digest(path), path.stat().st_size) for path in export(self._folder, home, shares, self._kind)
-            ]
+            paths = export(self._folder, home, shares, self._kind, progress=lambda *_: watch())
+            cuts = [Cut(path, digest(path), path.stat().st_size) for path in paths]
             _write(home, cuts)
         _touch(home)
         return cuts

@@ -1,18 +1,21 @@
 """The head of a group: forms it of the devices that are there, and forms it anew when one is lost or has come.
 
 Owns the epochs: every group of ranks has a number, a key and a mesh of its own, and ends as a whole. Threads: `form`,
-`recover`, `better` and `close` are called by one at a time. Must never run a step.
+`recover`, `better` and `improve` are called by one at a time, `give_up` and `close` by any. Must never run a step.
 """
 
 import contextlib
 import logging
 import secrets
+import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedge.core import addresses
+from fedge.core.addresses import is_local
 from fedge.core.errors import AddressError, ExperimentError, ModelError, RankLost
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm.group import membership
@@ -27,7 +30,7 @@ from fedge.edge.llm.group.service import Ranks
 from fedge.edge.llm.group.speeds import Speeds, speeds
 from fedge.edge.llm.mesh import security
 from fedge.edge.llm.mesh.collectives import INT8_SUMS, named
-from fedge.edge.llm.mesh.control import is_local, serve
+from fedge.edge.llm.mesh.control import serve
 from fedge.edge.llm.mesh.mesh import Alone, Mesh, connect
 from fedge.edge.llm.mesh.security import Ticket, Tls
 from fedge.edge.llm.models.folder import Folder
@@ -100,7 +103,8 @@ class Group:
         self._division: Division | None = None
         self._measurement: _Measurement | None = None
         self._epoch = 0
-        self._closed = False
+        self._forming = threading.Lock()  # held while a group is formed, and while the last one ends
+        self._given_up = self._closed = False
         secure = bool(ticket and ticket.certificate)
         self._identity = security.identity() if secure else None
         host, _ = addresses.parse(listen)
@@ -189,12 +193,26 @@ class Group:
         """
         return self._measured() if self.better() else None
 
+    def give_up(self) -> None:
+        """No group is formed any more: who forms one, in another thread, ends soon with an AddressError.
+
+        The present group goes on. Never waits.
+        """
+        self._given_up = True
+
     def close(self) -> None:
-        """End the group, dismiss all devices, stop serving. May be called twice."""
-        if self._closed:
+        """End the group, dismiss all devices, stop serving. May be called twice.
+
+        Who forms a group is waited for, within limits; beyond them it ends its own when it notices. Nothing is done at
+        the end of the interpreter, when the other threads are gone, maybe with a lock, and the system takes all back.
+        """
+        if self._closed or sys.is_finalizing():
             return
         self._closed = True
-        self._end()
+        self.give_up()
+        if self._forming.acquire(timeout=self._limits.step_timeout_s):
+            self._end()
+            self._forming.release()
         self._roster.close("The head has ended; the device waits for it.")
         self._listening.stop()
         self._listener.close()
@@ -210,28 +228,37 @@ class Group:
 
     def _complete(self, members: Members) -> bool:
         """Whether as many devices have come as are wanted."""
+        self._go_on()
         self._watch()
         return len(members) >= self._wanted
 
     def _measured(self) -> Model:
         """Form a group; where its links turn out too slow, once more without the devices that do not help."""
-        due_at = time.monotonic() + self._limits.load_timeout_s
-        model = self._formed(due_at)
-        useless = set(self.names) - set(self._plan(self._everybody()).names)
-        for name in useless:
-            self._roster.rest(name, "The others are faster without it.", self._limits.useless_s)
-        return self._formed(due_at) if useless else model
+        with self._forming:
+            due_at = time.monotonic() + self._limits.load_timeout_s
+            model = self._formed(due_at)
+            useless = set(self.names) - set(self._plan(self._everybody()).names)
+            for name in useless:
+                self._roster.rest(name, "The others are faster without it.", self._limits.useless_s)
+            return self._formed(due_at) if useless else model
+
+    def _go_on(self) -> None:
+        """Raises AddressError once given up."""
+        if self._given_up:
+            raise AddressError("The group is about to end; start the model again.")
 
     def _formed(self, due_at: float) -> Model:
         """Try with whoever is usable until `due_at`; a device that fails rests, so that the next try differs."""
         for left in reversed(range(self._limits.form_tries)):
             self._end()
             try:
-                return self._attempt()
+                model = self._attempt()
+                self._go_on()  # or nobody would close it
+                return model
             except RankLost as error:
                 log.warning("Epoch %d has not come about: %s", self._epoch, error)
                 self._blame(error)
-                if not left or self._closed or time.monotonic() > due_at:
+                if not left or time.monotonic() > due_at:
                     self._end()
                     raise
             except BaseException:
@@ -241,10 +268,11 @@ class Group:
 
     def _attempt(self) -> Model:
         """One epoch, up to a mesh that stands."""
+        self._go_on()
         self._epoch += 1
         offers, division = self._choose()
         self._division = division
-        cuts = self._cuts.make(division.shares)
+        cuts = self._cuts.make(division.shares, self._go_on)
         key = secrets.token_bytes(_KEY_BYTES)
         members = self._roster.members
         workers = [members.get(name) for name in division.names[1:]]
@@ -257,6 +285,7 @@ class Group:
         with contextlib.ExitStack() as opened:
             blocks = open_blocks(shard, budget, self._limits, self._kernel, invariant=self._invariant)
             opened.callback(blocks.close)
+            self._go_on()
             mesh = self._meet(party, key)
             opened.callback(mesh.close)
             self._model = Model(shard, blocks, mesh, slots=self._slots, context=self._context, limits=self._limits)
@@ -292,7 +321,7 @@ class Group:
         if not party:
             return Alone()
         names, epoch = [one.name for one in party], self._epoch
-        self._roster.wait(lambda members: _settled(members, names, epoch), self._limits.load_timeout_s)
+        self._wait(lambda members: _settled(members, names, epoch), self._limits.load_timeout_s)
         self._require_all(names)
         for name in names:
             self._roster.order(name, Event.START, epoch, pb.Order(start=pb.Start(epoch=epoch)))
@@ -317,6 +346,15 @@ class Group:
             link = Link(mesh.speed.bandwidth_bps, mesh.speed.round_trip_s)
             self._measurement = _Measurement(link, frozenset(names), time.monotonic())
         return mesh
+
+    def _wait(self, condition: Callable[[Members], bool], timeout_s: float) -> None:
+        """Until it is true of the members, at most so long. Raises AddressError once given up."""
+
+        def met(members: Members) -> bool:
+            self._go_on()
+            return condition(members)
+
+        self._roster.wait(met, timeout_s)
 
     def _require_all(self, names: Sequence[str]) -> None:
         """Raises RankLost naming a device that has failed to load, or else one that takes too long."""
@@ -359,7 +397,7 @@ class Group:
         try:
             return offers, self._plan(offers)
         except ModelError:
-            self._roster.wait(_noticed, self._limits.connect_timeout_s)
+            self._wait(_noticed, self._limits.connect_timeout_s)
             more = [self._offer, *(one.hello.offer for one in self._roster.usable(resting=True))]
             if len(more) == len(offers):
                 raise

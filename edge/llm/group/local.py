@@ -47,8 +47,6 @@ def local(
         raise ExperimentError(f"{ranks} ranks cannot hold a model; ask for 1 to {limits.max_ranks}.")
     ticket = Ticket("", secrets.token_urlsafe(32))
     memory = spare_bytes() // ranks if memory_bytes is None else memory_bytes
-    store.mkdir(parents=True, exist_ok=True)
-    known = speed or speeds(store)
     started: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as opened:
         group = Group(
@@ -59,13 +57,14 @@ def local(
             wanted=ranks - 1,
             memory_bytes=memory,
             kernel=kernel,
-            speed=known,
+            speed=speed,
             watch=lambda: _require_alive(started),
             limits=limits,
             **settings,
         )
         children = opened.enter_context(contextlib.ExitStack())
         opened.callback(group.close)
+        known = speed or speeds(store)  # which the group has measured
         for number in range(1, ranks):
             name = f"local-{number}"
             one = Settings(group.address, name, memory, str(store / name), ticket.token, kernel, known, limits)

@@ -7,7 +7,7 @@ must first say that it has noticed: until then it may hang. Time comes in as an 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -74,7 +74,6 @@ class Member:
 
 
 Members = Mapping[str, Member]  # by name, in the order in which they came
-Change = Callable[[Member], Member]
 
 
 def enter(members: Members, hello: Hello, now: float, limits: LlmLimits) -> Members:

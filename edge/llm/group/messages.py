@@ -121,7 +121,7 @@ def _is_certificate(text: str) -> bool:
     """Whether TLS can take it; or one device could keep a whole group from meeting."""
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
-    except (ssl.SSLError, ValueError):
+    except (ssl.SSLError, ValueError, TypeError):  # TypeError: letters that are not ASCII
         return False
     return True
 

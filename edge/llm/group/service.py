@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from fedge.core.addresses import is_local
 from fedge.core.errors import DataError, ExperimentError, FedgeError
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm.group import messages
@@ -32,7 +33,6 @@ class Ranks:
         self, roster: Roster, welcome: pb.Welcome, find: Find, ticket: Ticket | None, limits: LlmLimits
     ) -> None:
         self._roster, self._find, self._limits = roster, find, limits
-        self._token = ticket.token if ticket else ""
         self._secure = bool(ticket and ticket.certificate)
         self._welcome = pb.Order(welcome=welcome)
 
@@ -40,7 +40,7 @@ class Ranks:
         """For a server. Reports stay bytes, so that what is no message is answered with a sentence."""
         calls = {
             "Join": grpc.stream_stream_rpc_method_handler(self.join, None, pb.Order.SerializeToString),
-            "Fetch": grpc.unary_stream_rpc_method_handler(
+            "Fetch": grpc.stream_stream_rpc_method_handler(
                 self.fetch, pb.FetchRequest.FromString, pb.Chunk.SerializeToString
             ),
         }
@@ -48,35 +48,27 @@ class Ranks:
 
     def join(self, reports: Iterator[bytes], context: Context) -> Iterator[pb.Order]:
         """One device's stream."""
-        control.admit(self._token, context)
-        patience = threading.Timer(self._limits.connect_timeout_s, context.cancel)
-        patience.daemon = True
-        patience.start()
         try:
-            first = messages.report(next(reports), self._limits)
-            hello = messages.hello(first.hello, _host(context.peer()), self._limits, secure=self._secure)
+            told = messages.report(control.first(reports, context, self._limits.connect_timeout_s), self._limits)
+            hello = messages.hello(told.hello, _host(context.peer()), self._limits, secure=self._secure)
             seat = self._roster.enter(hello)
-        except (StopIteration, grpc.RpcError):  # it is gone, or says nothing
-            return
         except ExperimentError as error:
             yield messages.dismiss("PROTOCOL", str(error))
             return
         except FedgeError as error:
             yield messages.dismiss(error.reason, str(error))
             return
-        finally:
-            patience.cancel()
-        threading.Thread(target=self._listen, args=(reports, seat), name="fedge-reports", daemon=True).start()
         try:
+            threading.Thread(target=self._listen, args=(reports, seat), name="fedge-reports", daemon=True).start()
             yield self._welcome
             while (order := seat.orders.get()) is not None:
                 yield order
         finally:
             self._roster.leave(seat)
 
-    def fetch(self, request: pb.FetchRequest, context: Context) -> Iterator[pb.Chunk]:
+    def fetch(self, requests: Iterator[pb.FetchRequest], context: Context) -> Iterator[pb.Chunk]:
         """The bytes of a shard from an offset to its end."""
-        control.admit(self._token, context)
+        request = control.first(requests, context, self._limits.connect_timeout_s)
         path = self._find(request.digest)
         if path is None:
             context.abort(grpc.StatusCode.NOT_FOUND, "There is no such shard any more; wait for the next order.")
@@ -106,4 +98,4 @@ class Ranks:
 def _host(peer: str) -> str:
     """The host of gRPC's "ipv4:10.0.0.7:41234" or "ipv6:[::1]:41234"; empty for this machine."""
     host = urllib.parse.unquote(peer.partition(":")[2]).rpartition(":")[0]
-    return "" if control.is_local(host) else host
+    return "" if is_local(host) else host

@@ -1,25 +1,28 @@
 """gRPC servers of a model's head and of its cloud: who may listen and dial where, by TLS with a ticket.
 
-Owns the way a server is opened and ended, how many calls it takes, and the check of a caller's token. Must never know
-what is served.
+Owns the way a server is opened and ended, how many calls it takes, and who may hold one: a caller without the ticket's
+token is sent away before it has said anything, one that says nothing after a while. Must never know what is served.
 """
 
 import contextlib
 import hmac
-from concurrent.futures import ThreadPoolExecutor
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
 from fedge.core import addresses
 from fedge.core.errors import AddressError, ExperimentError
-from fedge.edge.llm.mesh.handshake import is_loopback
 from fedge.edge.llm.mesh.security import Ticket
 
 TOKEN = "fedge-token"  # noqa: S105 -- the name of the metadata, not what it holds
 _GRACE_S = 0.5
 Context = Any  # grpc.ServicerContext, which has no types
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +31,11 @@ class Listening:
 
     address: str
     _server: grpc.Server
-    _pool: ThreadPoolExecutor
 
     def stop(self) -> None:
-        """End all calls, within a moment."""
-        self._server.stop(_GRACE_S).wait(2 * _GRACE_S)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End all calls, within a moment; at the end of the interpreter they end by themselves."""
+        if not sys.is_finalizing():  # then no thread can be started, and gRPC would wait for one
+            self._server.stop(_GRACE_S).wait(2 * _GRACE_S)
 
 
 def serve(
@@ -46,15 +48,15 @@ def serve(
     """
     host, _ = addresses.parse(listen)
     secure = bool(ticket and ticket.certificate)
-    if not secure and not is_local(host):
+    if not secure and not addresses.is_local(host):
         raise AddressError(f"{listen} can be reached by other machines; give a ticket, or listen on 127.0.0.1.")
-    pool = ThreadPoolExecutor(calls, "fedge-control")
     options = [
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", most_bytes),
         *addresses.keepalive_server(),
     ]
-    server = grpc.server(pool, options=options, maximum_concurrent_rpcs=calls)
+    door = _Door(ticket.token if ticket else "")
+    server = grpc.server(_Threads(), interceptors=(door,), options=options, maximum_concurrent_rpcs=calls)
     server.add_generic_rpc_handlers((handler,))
     port = 0
     with contextlib.suppress(RuntimeError):
@@ -64,19 +66,23 @@ def serve(
         else:
             port = server.add_insecure_port(listen)
     if not port:
-        pool.shutdown(wait=False)
         raise AddressError(f"Cannot listen on {listen}; stop who uses the port, or choose another.")
     server.start()
-    return Listening(f"{host}:{port}", server, pool)
+    return Listening(f"{host}:{port}", server)
 
 
-def admit(token: str, context: Context) -> None:
-    """End a call that does not bring the ticket's token."""
-    given = str(dict(context.invocation_metadata()).get(TOKEN, ""))
-    if not hmac.compare_digest(given.encode(), token.encode()):
-        context.abort(
-            grpc.StatusCode.UNAUTHENTICATED, "The ticket is another one; copy ticket.json from the other end's machine."
-        )
+def first(messages: Iterator[T], context: Context, within_s: float) -> T:
+    """A call's first message. Ends the call where none comes in time, and where it has none."""
+    patience = threading.Timer(within_s, context.cancel)
+    patience.daemon = True
+    patience.start()
+    try:
+        return next(messages)
+    except StopIteration:
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "The call says nothing; install the same version of fedge.")
+        raise
+    finally:
+        patience.cancel()
 
 
 def check_dial(address: str, ticket: Ticket | None) -> None:
@@ -84,13 +90,44 @@ def check_dial(address: str, ticket: Ticket | None) -> None:
     is sent there could be read by anybody, and anybody could answer.
     """
     host, _ = addresses.parse(address)
-    if not (ticket and ticket.certificate) and not is_local(host):
+    if not (ticket and ticket.certificate) and not addresses.is_local(host):
         raise ExperimentError(f"{address} is another machine; give the ticket that its model was started with.")
 
 
-def is_local(host: str) -> bool:
-    """Whether a host never leaves this machine."""
-    try:
-        return host == "localhost" or is_loopback(host.strip("[]"))
-    except ValueError:  # a name
-        return False
+class _Door(grpc.ServerInterceptor):  # type: ignore[misc]
+    """Sends away who does not bring the token: a handler of gRPC's would wait for the message of such a call first."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token.encode()
+
+    def intercept_service(self, go_on: Callable[[Any], Any], details: Any) -> Any:
+        """The handler of a call."""
+        given = str(dict(details.invocation_metadata).get(TOKEN, ""))
+        if hmac.compare_digest(given.encode(), self._token):
+            return go_on(details)
+        return grpc.stream_stream_rpc_method_handler(_refuse)  # of any kind: it does not look at messages
+
+
+class _Threads(Executor):
+    """A daemon thread for each call, of which gRPC bounds the number: the interpreter's end waits for none of them."""
+
+    def submit(self, work: Callable[..., T], /, *args: Any, **more: Any) -> "Future[T]":
+        """Begin at once."""
+        found: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                found.set_result(work(*args, **more))
+            except BaseException as error:
+                found.set_exception(error)
+
+        try:
+            threading.Thread(target=run, name="fedge-control", daemon=True).start()
+        except RuntimeError as error:  # no thread is left: this call is lost, and not the server
+            found.set_exception(error)
+        return found
+
+
+def _refuse(_messages: Any, context: Context) -> None:
+    detail = "The ticket is another one; copy ticket.json from the other end's machine."
+    context.abort(grpc.StatusCode.UNAUTHENTICATED, detail)

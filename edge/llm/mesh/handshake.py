@@ -12,7 +12,6 @@ thread of its own, so that a stranger who says nothing holds up nobody. Must nev
 
 import contextlib
 import hmac
-import ipaddress
 import queue
 import secrets
 import socket
@@ -24,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from fedge.core.addresses import is_local
 from fedge.core.errors import ExperimentError, RankLost
 from fedge.core.limits import LlmLimits
 from fedge.edge.llm.mesh.security import Tls, accepting, dialling, is_pinned
@@ -72,13 +72,6 @@ def meet(party: Party, listener: socket.socket, limits: LlmLimits) -> dict[int, 
     if not complete:
         raise _missing(party, meeting, limits)
     return meeting.met
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address (of IPv4 or IPv6, no name) never leaves this machine. Raises ValueError for a name."""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
 
 
 class _Meeting:
@@ -239,7 +232,7 @@ def _require_pin(party: Party, sock: socket.socket, peer: int) -> None:
 
 def _refuse_plaintext(party: Party, sock: socket.socket) -> None:
     if party.tls is None:
-        both = is_loopback(sock.getsockname()[0]) and is_loopback(sock.getpeername()[0])
+        both = is_local(sock.getsockname()[0]) and is_local(sock.getpeername()[0])
         _require(both, "it is on another device, where TLS is needed")
 
 
@@ -264,15 +257,8 @@ def _check(party: Party) -> None:
         raise ExperimentError(f"{len(party.tls.peers)} certificates for {party.size} ranks; give one of each rank.")
     for address in party.addresses[: party.rank]:
         host, _ = _split(address)
-        if party.tls is None and not _is_local(host):
+        if party.tls is None and not is_local(host):
             raise ExperimentError(f"{address} is another device and would be talked to in the clear; give it TLS.")
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return is_loopback(host)
-    except ValueError:
-        return host == "localhost"
 
 
 def _missing(party: Party, meeting: _Meeting, limits: LlmLimits) -> RankLost:

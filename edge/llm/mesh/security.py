@@ -144,7 +144,7 @@ def _context(protocol: int, tls: Tls, trusted: tuple[str, ...]) -> ssl.SSLContex
             file.write(tls.key + tls.certificate)
             file.flush()
             context.load_cert_chain(file.name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: letters that are not ASCII
         raise ExperimentError(f"A certificate cannot be used ({error}); make a new identity for each rank.") from error
     return context
 

@@ -55,10 +55,12 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; with `special` those that the model wants around a text are added. What `chat` gives has them
-        already. Raises DataError for text that is no Unicode, or has a token that the model does not know.
+        already. Other threads run meanwhile. Raises DataError for text that is no Unicode, or has a token that the
+        model does not know.
         """
         try:
-            ids: list[int] = self._inner.encode(text, add_special_tokens=special).ids
+            # A batch of one: the library's `encode` keeps the interpreter's lock until it is done.
+            ids: list[int] = self._inner.encode_batch([text], add_special_tokens=special)[0].ids
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # lone surrogates; as above

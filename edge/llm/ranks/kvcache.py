@@ -65,7 +65,7 @@ class KVCache:
             self.lengths[part.slot] = part.start + part.count
 
     def free(self, slot: int) -> None:
-        """Forget the slot and give its pages back to the system, where that can be done (not on Windows)."""
+        """Forget the slot and give its pages back to the system, where that can be done (on Linux)."""
         self.lengths[slot] = 0
         held = self._maps[slot]
         if held is not None and hasattr(mmap, "MADV_DONTNEED"):

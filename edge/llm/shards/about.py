@@ -13,7 +13,7 @@ from fedge.core.limits import LlmLimits
 from fedge.edge.llm.models.config import FAMILIES, ROPE_KINDS, Config, computable
 from fedge.edge.llm.shards.quant import KINDS, Kind
 
-FORMAT = 1
+FORMAT = 2
 FFN_GRANULE = 32  # columns; a multiple of the quantisation block of int4
 MAX_SIZE = 1 << 24  # of one dimension
 Stored = Literal["F32", "F16", "BF16", ""]  # how the embedding is stored, if at all

@@ -99,7 +99,7 @@ class _Writer:
                 bias = self._folder.rows(piece.name.removesuffix("weight") + "bias", *piece.rows)
                 _put(file, block, inside[f"{sizes.name}.bias"], require_finite(bias), row)
             for slab in _slabs(self._folder, piece):
-                rounded = quantise(slab, self._about.kind)
+                rounded = quantise(slab, sizes.kind)
                 _put(file, block, inside[f"{sizes.name}.weight"], rounded.data, row)
                 if f"{sizes.name}.scale" in inside:
                     _put(file, block, inside[f"{sizes.name}.scale"], rounded.scale, row)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from fedge.edge.llm.models.config import Config
 from fedge.edge.llm.shards.about import About, Share
-from fedge.edge.llm.shards.quant import BLOCK, Kind, blocks
+from fedge.edge.llm.shards.quant import BLOCK, HEADS, Kind, blocks
 
 Part = Literal["attn", "ffn", "head"]
 PAGE = 4096
@@ -28,6 +28,7 @@ class Sizes:
     rows: int
     columns: int
     bias: bool
+    kind: Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +74,23 @@ def vectors(about: About, part: Part) -> dict[str, int]:
 
 def matrices(about: About, part: Part) -> tuple[Sizes, ...]:
     """The matrices of a block. Ranks' partial sums of "o" and "down" are added, so only rank 0 has their bias."""
-    config, share, first = about.config, about.shares[about.rank], about.rank == 0
+    config, share, first, kind = about.config, about.shares[about.rank], about.rank == 0, about.kind
     if part == "head":
-        return (Sizes("head", config.vocab, config.hidden, bias=False),)
+        return (Sizes("head", config.vocab, config.hidden, bias=False, kind=HEADS[kind]),)
     if part == "attn":
         width = (share.kv_heads[1] - share.kv_heads[0]) * config.head_dim
-        qkv = Sizes("qkv", width * (config.group + 2), config.hidden, config.qkv_bias)
-        return qkv, Sizes("o", config.hidden, width * config.group, config.o_bias and first)
+        qkv = Sizes("qkv", width * (config.group + 2), config.hidden, config.qkv_bias, kind)
+        return qkv, Sizes("o", config.hidden, width * config.group, config.o_bias and first, kind)
     width = share.ffn[1] - share.ffn[0]
-    gate_up = Sizes("gate_up", 2 * width, config.hidden, config.ffn_bias)
-    return gate_up, Sizes("down", config.hidden, width, config.ffn_bias and first)
+    gate_up = Sizes("gate_up", 2 * width, config.hidden, config.ffn_bias, kind)
+    return gate_up, Sizes("down", config.hidden, width, config.ffn_bias and first, kind)
 
 
 def places(about: About, part: Part) -> tuple[Place, ...]:
     """The tensors of a block in their order."""
     tensors: list[tuple[str, str, tuple[int, ...]]] = [(name, "F32", (n,)) for name, n in vectors(about, part).items()]
     for matrix in matrices(about, part):
-        tensors += _stored(matrix, about.kind)
+        tensors += _stored(matrix)
     found, at = [], 0
     for name, dtype, shape in tensors:
         place = Place(name, dtype, shape, at)
@@ -150,12 +151,12 @@ def _tensors(about: About) -> Iterator[tuple[str, Place]]:
     yield EMBEDDING, Place(EMBEDDING, about.embedding or "F32", (rows, about.config.hidden), at)
 
 
-def _stored(matrix: Sizes, kind: Kind) -> list[tuple[str, str, tuple[int, ...]]]:
+def _stored(matrix: Sizes) -> list[tuple[str, str, tuple[int, ...]]]:
     """Names, types and shapes of what `quant.Matrix` holds."""
     rows, columns, name = matrix.rows, matrix.columns, matrix.name
-    if kind == "float32":
+    if matrix.kind == "float32":
         tensors: list[tuple[str, str, tuple[int, ...]]] = [(f"{name}.weight", "F32", (rows, columns))]
-    elif kind == "int8":
+    elif matrix.kind == "int8":
         tensors = [(f"{name}.weight", "I8", (rows, columns)), (f"{name}.scale", "F32", (rows,))]
     else:
         number = blocks(columns)

@@ -16,7 +16,7 @@ from fedge.edge.llm.mesh import collectives
 from fedge.edge.llm.models.config import Config
 from fedge.edge.llm.shards.layout import block_sizes, bytes_of
 from fedge.edge.llm.shards.quant import Kind
-from fedge.edge.llm.shards.shares import Share, balanced, costs, proportional
+from fedge.edge.llm.shards.shares import Share, balanced, cost_of_head, costs, proportional
 from fedge.edge.plan.link import Link
 
 FLOAT_BYTES = 4
@@ -99,7 +99,7 @@ def _best(config: Config, kind: Kind, devices: Sequence[Device], link: Link, kv_
     """The better of two ways to divide the layers: for ranks that compute all the time, and for those that read."""
     pace = _pace(config, kind, devices, kv_tokens)
     speeds = [device.weights_per_s for device in devices]
-    tried = [balanced(config, speeds), balanced(config, pace), proportional(config, pace)]
+    tried = [balanced(config, speeds), balanced(config, pace), proportional(config, pace, cost_of_head(kind))]
     options = [_option(config, kind, devices, held, link, kv_tokens) for held in tried]
     return min((option for option in options if option), key=lambda option: option.token_s, default=None)
 
@@ -117,7 +117,8 @@ def _option(
     seconds = collectives.seconds(len(placed), link.rtt_s, link.bandwidth_bps, size_bytes)
     name = min(seconds, key=lambda one: seconds[one])
     exchange_s = 2 * config.layers * seconds[name]
-    busy_s = _layers_s(config, placed) + config.vocab * config.hidden / devices[0].weights_per_s + exchange_s
+    head_s = costs(config, cost_of_head(kind))[0] / devices[0].weights_per_s
+    busy_s = _layers_s(config, placed) + head_s + exchange_s
     token_s = max(busy_s, *(rank.stream_s for rank in placed))
     return Option(tuple(replace(rank, steady=rank.stream_s <= busy_s) for rank in placed), name, exchange_s, token_s)
 
@@ -128,7 +129,7 @@ def _pace(config: Config, kind: Kind, devices: Sequence[Device], kv_tokens: int)
     In t seconds a device multiplies `weights_per_s` t weights, but not more than it holds and reads meanwhile.
     """
     whole = Share((0, config.kv_heads), (0, config.ffn))
-    weights = costs(config)[0] + config.layers * _layer_weights(config, whole)
+    weights = costs(config, cost_of_head(kind))[0] + config.layers * _layer_weights(config, whole)
     per_weight = bytes_of(config, whole, kind, rank0=True) / weights
     kept = [max(0.0, device.memory_bytes - kv_bytes(config, whole, kv_tokens) / len(devices)) for device in devices]
 

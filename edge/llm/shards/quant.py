@@ -1,9 +1,10 @@
 """Weights as float32, int8 or int4: how a matrix is rounded, and how it lies in memory.
 
 int8 is symmetric with one scale per output channel. int4 has one scale per block of 32 columns, in the layout of
-onnxruntime's operator MatMulNBits. Owns rounding and its inverse. Must never multiply: that is the kernels' work.
+onnxruntime's operator MatMulNBits. Owns rounding. Must never multiply: that is the kernels' work.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +15,10 @@ from fedge.core.params import Array
 
 Kind = Literal["float32", "int8", "int4"]
 KINDS: tuple[Kind, ...] = ("float32", "int8", "int4")
+# What a model's vocabulary matrix is rounded to: in 4 bits it alone would cost about as much exactness as all layers.
+HEADS: Mapping[Kind, Kind] = {"float32": "float32", "int8": "int8", "int4": "int8"}
 BLOCK = 32  # columns that share a scale in int4
+PER_WEIGHT: Mapping[Kind, float] = {"float32": 4, "int8": 1, "int4": 1 / 2 + 4 / BLOCK}  # bytes, about
 ZERO = 8  # what stands for 0.0 in int4
 _SLAB = 1 << 16  # weights rounded at a time, so that they stay in the processor's cache
 _TINY = float(np.finfo(np.float32).tiny)
@@ -81,19 +85,6 @@ def require_finite(numbers: Array) -> Array:
     if not np.isfinite(numbers).all():
         raise ModelError("The model has weights that are not finite; download or export it again.")
     return numbers
-
-
-def dequantise(matrix: Matrix) -> Array:
-    """The weights as float32 [rows, columns], a new array."""
-    if matrix.kind == "float32":
-        return matrix.data.astype(np.float32)
-    if matrix.kind == "int8":
-        product: Array = matrix.data.astype(np.float32) * matrix.scale[:, None]
-        return product
-    pairs = np.stack([matrix.data & 15, matrix.data >> 4], axis=-1).astype(np.float32)
-    number = blocks(matrix.columns)
-    values = (pairs.reshape(matrix.rows, number, BLOCK) - ZERO) * matrix.scale[:, :, None]
-    return np.ascontiguousarray(values.reshape(matrix.rows, number * BLOCK)[:, : matrix.columns])
 
 
 def _round_int8(weight: Array, data: Array, scale: Array) -> None:

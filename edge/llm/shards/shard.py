@@ -100,7 +100,7 @@ class Shard:
         for size in layout.matrices(self.about, block.part):
             weight, bias = arrays[f"{size.name}.weight"], arrays.get(f"{size.name}.bias")
             scale = arrays.get(f"{size.name}.scale", np.empty(0, np.float32))
-            found[size.name] = Matrix(self.kind, size.rows, size.columns, weight, scale, bias)
+            found[size.name] = Matrix(size.kind, size.rows, size.columns, weight, scale, bias)
         return found
 
     def embed(self, ids: Sequence[int] | NDArray[np.integer]) -> Array:

@@ -12,8 +12,9 @@ from fedge.core.errors import ExperimentError
 from fedge.edge.llm.models.config import Config
 from fedge.edge.llm.shards.about import FFN_GRANULE, Share
 from fedge.edge.llm.shards.layout import bytes_of
+from fedge.edge.llm.shards.quant import HEADS, PER_WEIGHT, Kind
 
-__all__ = ["FFN_GRANULE", "Share", "balanced", "bytes_of", "even", "proportional"]
+__all__ = ["FFN_GRANULE", "Share", "balanced", "bytes_of", "cost_of_head", "even", "proportional"]
 
 
 def even(config: Config, ranks: int) -> tuple[Share, ...]:
@@ -51,6 +52,11 @@ def proportional(config: Config, speeds: Sequence[float], head_cost: float = 1.0
         heads = _fill(loads, speeds, kv_head, config.kv_heads)
     loads = [load + kv_head * n for load, n in zip(loads, heads)]
     return _shares(config, heads, _fill(loads, speeds, granule, count))
+
+
+def cost_of_head(kind: Kind) -> float:
+    """Bytes of a weight of the head over those of one of the layers."""
+    return PER_WEIGHT[HEADS[kind]] / PER_WEIGHT[kind]
 
 
 def costs(config: Config, head_cost: float = 1.0) -> tuple[float, float, float]:
