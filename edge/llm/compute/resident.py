@@ -23,10 +23,11 @@ class Resident:
     """Blocks that are always there. Raises ModelError where the kernel is for another kind of weights."""
 
     def __init__(self, shard: Shard, kernel: Kernel) -> None:
-        self._blocks = []
-        for block in shard.blocks:
+        self._blocks: list[dict[str, Linear | Array]] = [{} for _ in shard.blocks]
+        # The largest first, as long as there is room: copying takes as much again for a moment.
+        for block in sorted(shard.blocks, key=lambda one: -one.bytes):
             found = shard.view(block, shard.mapped[block.offset : block.offset + block.bytes])
-            self._blocks.append(prepared(found if kernel.streams else _own(found), kernel))
+            self._blocks[block.index] = prepared(found if kernel.streams else _own(found), kernel)
             if not kernel.streams:
                 _forget(shard, block)
         plain_products.__enter__()  # ranks on one machine that want more threads than cores come to a crawl
