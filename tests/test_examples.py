@@ -161,6 +161,7 @@ def test_the_readmes_simulation_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_the_readmes_coordinator_and_devices_finish_together(tmp_path: Path) -> None:
     words = fedge_words(ROOT / "README.md")
     [serve] = [line[1:] for line in words if line[0] == "serve"]
@@ -176,7 +177,7 @@ def test_the_readmes_coordinator_and_devices_finish_together(tmp_path: Path) -> 
         assert "version 0" in fedge_run(*there(status), cwd=tmp_path)
         executable = str(Path(sys.executable).with_name("fedge"))
         with processes(*([executable, *there(line)] for line in joins), cwd=tmp_path) as devices:
-            told = [device.communicate(timeout=100)[0] for device in devices]
+            told = [device.communicate(timeout=240)[0] for device in devices]
         out, _ = coordinator.communicate(timeout=30)
     assert coordinator.returncode == 0
     assert "report.html" in out
@@ -264,6 +265,7 @@ def test_the_client_script_keeps_the_training_of_the_plain_one() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_the_training_scripts_federate(tmp_path: Path) -> None:
     folder = EXAMPLES / "training_script"
     assert "loss" in run(sys.executable, folder / "before.py")
@@ -274,7 +276,7 @@ def test_the_training_scripts_federate(tmp_path: Path) -> None:
     ):
         sites = ([sys.executable, folder / "after.py", address, site, "2"] for site in ("0", "1"))
         with processes(*sites) as scripts:
-            told = [script.communicate(timeout=100)[0] for script in scripts]
+            told = [script.communicate(timeout=240)[0] for script in scripts]
         coordinator.communicate(timeout=30)
     assert coordinator.returncode == 0
     assert all("the run ended: seconds" in text for text in told), told
