@@ -34,7 +34,7 @@ PAGES = [
 EXPERIMENTS = [*EXAMPLES.rglob("*.toml"), ROOT / "app" / "starter.toml"]
 SERVED = "127.0.0.1:7443"  # where the README's devices join
 SOME_SECONDS = (  # long enough for the device that starts later
-    *("--set", "experiment.stop.seconds=25"),
+    *("--set", "experiment.stop.seconds=20"),
     *("--set", "experiment.stop.updates=1000000"),
     *("--set", "experiment.stop.target=1"),
 )
@@ -269,7 +269,7 @@ def test_the_client_script_keeps_the_training_of_the_plain_one() -> None:
 def test_the_training_scripts_federate(tmp_path: Path) -> None:
     folder = EXAMPLES / "training_script"
     assert "loss" in run(sys.executable, folder / "before.py")
-    steps = ("--set", "server.scheduler.steps=20")
+    steps = ("--set", "server.scheduler.steps=200")  # a line for each version, and nobody reads them meanwhile
     with serving(folder / "experiment.toml", *steps, *SOME_SECONDS, "--state", tmp_path / "run") as (
         coordinator,
         address,
